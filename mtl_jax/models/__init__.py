@@ -1,0 +1,28 @@
+"""Flax Linen models: layers, backbones and heads.
+
+`params` is always the plain nested dict under "params"; `functional` turns a module
+into the `apply_fn(params, *inputs)` that every transform takes.
+"""
+
+from mtl_jax.models import heads, layers
+from mtl_jax.models.backbones import Bert, Mlp, ViT
+from mtl_jax.models.functional import functional
+from mtl_jax.models.heads import Classifier, mean_pool, prototype_logits
+from mtl_jax.models.layers import stack_layers, unstack_layers
+from mtl_jax.models.registry import build, names
+
+__all__ = [
+    "Bert",
+    "Classifier",
+    "Mlp",
+    "ViT",
+    "build",
+    "functional",
+    "heads",
+    "layers",
+    "mean_pool",
+    "names",
+    "prototype_logits",
+    "stack_layers",
+    "unstack_layers",
+]

@@ -1,0 +1,71 @@
+"""Two-layer feed-forward block and the activations it may use."""
+
+import functools
+from collections.abc import Callable
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+
+def quick_gelu(x: chex.Array) -> chex.Array:
+    """x * sigmoid(1.702 x), the approximation of GELU that CLIP was trained with."""
+    return x * jax.nn.sigmoid(jnp.asarray(1.702, x.dtype) * x)
+
+
+ACTIVATIONS: dict[str, Callable[[chex.Array], chex.Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": quick_gelu,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+def activation(name: str) -> Callable[[chex.Array], chex.Array]:
+    """Looks an activation up by name.
+
+    Raises:
+      ValueError: listing the names that exist.
+    """
+    if name not in ACTIVATIONS:
+        known = ", ".join(sorted(ACTIVATIONS))
+        raise ValueError(f"activation: no {name!r}, known: {known}")
+    return ACTIVATIONS[name]
+
+
+class FeedForward(nn.Module):
+    """`out(activation(in(x)))`, back to the width of x.
+
+    Attributes:
+      hidden: width of the hidden layer.
+      activation: a name in `ACTIVATIONS`.
+      dtype: compute dtype; None follows inputs and parameters.
+      param_dtype: dtype of the parameters.
+      kernel_init: initialiser of both kernels.
+    """
+
+    hidden: int
+    activation: str = "gelu"
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+
+    @nn.compact
+    def __call__(self, x: chex.Array) -> chex.Array:
+        """Args: x: [..., D]. Returns: [..., D]."""
+
+        def dense(name, width):
+            return nn.Dense(
+                width,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                kernel_init=self.kernel_init,
+                name=name,
+            )
+
+        y = activation(self.activation)(dense("in", self.hidden)(x))
+        return dense("out", x.shape[-1])(y)

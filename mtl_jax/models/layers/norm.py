@@ -1,0 +1,40 @@
+"""Layer normalisation with float32 statistics."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+
+class LayerNorm(nn.Module):
+    """Normalises the last axis, in float32 whatever the input's dtype.
+
+    Computes `(x - mean(x)) / sqrt(var(x) + epsilon) * scale + bias`, with the
+    biased variance and two passes, so that a large common offset costs no digits.
+
+    Attributes:
+      epsilon: added to the variance.
+      dtype: dtype of the result; None keeps the input's.
+      param_dtype: dtype of `scale` and `bias`.
+    """
+
+    epsilon: float = 1e-6
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: chex.Array) -> chex.Array:
+        """Args: x: [..., D]. Returns: [..., D]."""
+        shape = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(
+            jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon
+        )
+        affine = (1,) * (x.ndim - 1) + shape
+        y = y * scale.astype(jnp.float32).reshape(affine)
+        y = y + bias.astype(jnp.float32).reshape(affine)
+        return y.astype(x.dtype if self.dtype is None else self.dtype)

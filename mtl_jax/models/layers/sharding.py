@@ -1,0 +1,27 @@
+"""Sharding rules of transformer blocks, as data.
+
+Rules are (regex, PartitionSpec) pairs over the mesh axes `data` and `model`; the
+first match on the path of a leaf wins. One axis of every kernel is split over
+`model` (column-parallel into the block, row-parallel out of it) and the other over
+`data`, so that parameters and optimizer state are fully sharded.
+"""
+
+from jax.sharding import PartitionSpec as P
+
+Rules = tuple[tuple[str, P], ...]
+
+_BLOCK: Rules = (
+    (r"attention/(query|key|value)/kernel", P("data", "model")),
+    (r"attention/(query|key|value)/bias", P("model")),
+    (r"attention/out/kernel", P("model", "data")),
+    (r"mlp/in/kernel", P("data", "model")),
+    (r"mlp/in/bias", P("model")),
+    (r"mlp/out/kernel", P("model", "data")),
+    (r"(attention|mlp)/out/bias", P()),
+    (r"(norm_attention|norm_mlp)/(scale|bias)", P()),
+)
+
+BLOCK_RULES: Rules = (
+    *((rf"^(.*/)?layers_\d+/{regex}$", spec) for regex, spec in _BLOCK),
+    *((rf"^(.*/)?layers/{regex}$", P(None, *spec)) for regex, spec in _BLOCK),
+)

@@ -1,0 +1,119 @@
+"""A stack of equal blocks: unrolled or scanned, with or without remat."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+_LAYER = re.compile(r"layers_(\d+)")
+
+
+def run_stack(
+    make_block: Callable[[str], nn.Module],
+    num_layers: int,
+    x: chex.Array,
+    bias: chex.Array | None,
+    *,
+    scan: bool = False,
+    remat: bool = False,
+    collect: bool = False,
+) -> tuple[chex.Array, tuple[chex.Array, ...]]:
+    """Applies `num_layers` blocks in order, inside a compact method.
+
+    Unrolled, the parameters of block i are named `layers_i`; scanned, all live
+    under `layers` with a leading axis of length `num_layers`, and compile time no
+    longer grows with depth. Every variable collection is scanned, so adapters and
+    sown intermediates that sit beside the parameters see their own slice.
+
+    Args:
+      make_block: name -> block; a block maps (x, bias) to the new x.
+      num_layers: number of blocks.
+      x: [B, L, D].
+      bias: passed to every block unchanged.
+      scan: use one scanned block.
+      remat: recompute the activations of each block in the backward pass.
+      collect: also return what every block put out.
+
+    Returns:
+      (last output, the outputs of all blocks when `collect`, else ()).
+    """
+
+    def body(block, x, bias):
+        x = block(x, bias)
+        return x, (x if collect else None)
+
+    if remat:
+        body = nn.remat(body, prevent_cse=not scan)
+    if scan and num_layers:
+        run = nn.scan(
+            body,
+            variable_axes={True: 0},
+            split_rngs={True: True},
+            in_axes=nn.broadcast,
+            length=num_layers,
+        )
+        x, outputs = run(make_block("layers"), x, bias)
+        return x, tuple(outputs) if collect else ()
+    outputs = []
+    for i in range(num_layers):
+        x, output = body(make_block(f"layers_{i}"), x, bias)
+        outputs.append(output)
+    return x, tuple(outputs) if collect else ()
+
+
+def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Moves `layers_0 ... layers_{n-1}` under one `layers` with a leading axis.
+
+    Args:
+      params: parameters of an unrolled backbone (top level holds the layers).
+
+    Returns:
+      Parameters of the same backbone built with `scan=True`.
+
+    Raises:
+      ValueError: if there is no layer, or the numbers have a gap.
+
+    >>> import jax.numpy as jnp
+    >>> params = {"layers_0": {"w": jnp.zeros(3)}, "layers_1": {"w": jnp.ones(3)}}
+    >>> stack_layers(params)["layers"]["w"].shape
+    (2, 3)
+    """
+    found = {int(m[1]): k for k in params if (m := _LAYER.fullmatch(k))}
+    if sorted(found) != list(range(len(found))) or not found:
+        raise ValueError(
+            f"stack_layers: wanted layers_0 ... layers_n without a gap, found "
+            f"{sorted(params)}"
+        )
+    layers = [params[found[i]] for i in range(len(found))]
+    rest = {k: v for k, v in params.items() if k not in found.values()}
+    return {**rest, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
+
+
+def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Inverse of `stack_layers`.
+
+    Args:
+      params: parameters of a scanned backbone.
+
+    Returns:
+      Parameters of the same backbone built with `scan=False`.
+
+    Raises:
+      ValueError: if there is no `layers`, or its leaves disagree on their number.
+    """
+    if "layers" not in params:
+        raise ValueError(f"unstack_layers: wanted 'layers', found {sorted(params)}")
+    depths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(params["layers"])}
+    if len(depths) != 1 or depths == {()}:
+        raise ValueError(
+            f"unstack_layers: leaves of 'layers' must share their leading axis, "
+            f"found {sorted(depths)}"
+        )
+    rest = {k: v for k, v in params.items() if k != "layers"}
+    for i in range(depths.pop()[0]):
+        rest[f"layers_{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
+    return rest

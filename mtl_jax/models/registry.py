@@ -1,0 +1,87 @@
+"""Backbones by name, for configs."""
+
+import dataclasses
+import difflib
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from mtl_jax.models.backbones.bert import Bert
+from mtl_jax.models.backbones.mlp import Mlp
+from mtl_jax.models.backbones.vit import CLIP_OPTIONS, SIZES, ViT
+
+_MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "mlp": (Mlp, {}),
+    "bert": (Bert, {}),
+    "bert-base": (
+        Bert,
+        {"width": 768, "depth": 12, "num_heads": 12, "mlp_dim": 3072},
+    ),
+    "minilm-l6": (Bert, {}),
+    "vit": (ViT, {}),
+    "vit-ti/16": (ViT, {"patch_size": 16, **SIZES["ti"]}),
+    "vit-s/16": (ViT, {"patch_size": 16, **SIZES["s"]}),
+    "vit-b/32": (ViT, {"patch_size": 32, **SIZES["b"]}),
+    "vit-b/16": (ViT, {"patch_size": 16, **SIZES["b"]}),
+    "vit-l/14": (ViT, {"patch_size": 14, **SIZES["l"]}),
+    "clip-vit-b/32": (
+        ViT,
+        {"patch_size": 32, "projection": 512, **SIZES["b"], **CLIP_OPTIONS},
+    ),
+    "clip-vit-b/16": (
+        ViT,
+        {"patch_size": 16, "projection": 512, **SIZES["b"], **CLIP_OPTIONS},
+    ),
+    "clip-vit-l/14": (
+        ViT,
+        {"patch_size": 14, "projection": 768, **SIZES["l"], **CLIP_OPTIONS},
+    ),
+}
+
+
+def names() -> list[str]:
+    """The names that `build` knows."""
+    return sorted(_MODELS)
+
+
+def build(name: str, **options: Any) -> nn.Module:
+    """Makes a backbone by name.
+
+    Args:
+      name: one of `models.names()`.
+      **options: attributes of the module; dtypes may be given by name ("bfloat16"),
+        lists become tuples.
+
+    Returns:
+      The Linen module.
+
+    Raises:
+      ValueError: for a name or an option that does not exist, listing those that do.
+
+    >>> build("vit-b/32", scan=True).width
+    768
+    """
+    if name not in _MODELS:
+        near = difflib.get_close_matches(name, _MODELS, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"build: no model {name!r}{hint}, known: {', '.join(names())}")
+    module, defaults = _MODELS[name]
+    fields = {f.name for f in dataclasses.fields(module)} - {"parent", "name"}
+    unknown = sorted(set(options) - fields)
+    if unknown:
+        raise ValueError(
+            f"build: {name!r} has no option {', '.join(map(repr, unknown))}, known: "
+            f"{', '.join(sorted(fields))}"
+        )
+    return module(**{**defaults, **{k: _plain(k, v) for k, v in options.items()}})
+
+
+def _plain(name, value):
+    """Config data to what a module attribute wants."""
+    if name in ("dtype", "param_dtype") and isinstance(value, str):
+        try:
+            return jnp.dtype(value)
+        except TypeError as error:
+            raise ValueError(f"build: {name} {value!r} is not a dtype") from error
+    return tuple(value) if isinstance(value, list) else value
