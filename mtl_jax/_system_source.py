@@ -63,10 +63,11 @@ def _bindings(tree: ast.AST) -> dict[str, str]:
                     # `import a.b` binds a; `import a.b as c` binds c to a.b.
                     bound = alias.name if alias.asname else "mtl_jax"
                     names[alias.asname or "mtl_jax"] = bound
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            if node.module.split(".")[0] == "mtl_jax":
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if module.split(".")[0] == "mtl_jax":
                 for alias in node.names:
-                    names[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+                    names[alias.asname or alias.name] = f"{module}.{alias.name}"
     return names
 
 
