@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 
 def quick_gelu(x: chex.Array) -> chex.Array:
-    """x * sigmoid(1.702 x), the approximation of GELU that CLIP was trained with."""
+    """The approximation `x * sigmoid(1.702 x)` of GELU that CLIP was trained with."""
     return x * jax.nn.sigmoid(jnp.asarray(1.702, x.dtype) * x)
 
 

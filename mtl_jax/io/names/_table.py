@@ -1,0 +1,320 @@
+"""Name tables: which foreign tensor is which leaf, and how its axes lie.
+
+A table is data plus two directions. Rules name one tensor per layer by a template,
+`encoder.layer.{i}.output.dense.weight <-> layers_{i}/mlp/out/kernel`. Parameters of
+scanned backbones (`layers/...` with a leading layer axis) are stacked and split on
+the way, so one table serves both.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtl_jax import tree as tree_lib
+
+_SCANNED = re.compile(r"layers/(.*)")
+
+
+class Hook(NamedTuple):
+    """Axis conventions of one kind of tensor, both ways.
+
+    Attributes:
+      load: foreign array -> our array; a view or a copy.
+      save: the inverse.
+      ndim: number of axes of the foreign array, or None for any.
+    """
+
+    load: Callable[[np.ndarray], np.ndarray]
+    save: Callable[[np.ndarray], np.ndarray]
+    ndim: int | None = None
+
+
+AS_IS = Hook(lambda x: x, lambda x: x)
+# Linear weights: [out, in] there, [in, out] here.
+TRANSPOSE = Hook(np.transpose, np.transpose, 2)
+# Leading unit axes there, none here.
+LEADING_1 = Hook(lambda x: x[0], lambda x: x[None], 3)
+LEADING_1_1 = Hook(lambda x: x[0, 0], lambda x: x[None, None], 3)
+
+
+def patch_kernel(channels: int = 3) -> Hook:
+    """Convolution [D, C, p, p] there, Dense kernel [p * p * C, D] here."""
+
+    def load(x):
+        return x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
+
+    def save(x):
+        side = round((x.shape[0] / channels) ** 0.5)
+        return x.reshape(side, side, channels, -1).transpose(3, 2, 0, 1)
+
+    return Hook(load, save, 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One row: a foreign name and a path, either both with `{i}` or neither.
+
+    Attributes:
+      name: name in the file.
+      path: path of the leaf in the unrolled parameters.
+      hook: axis conventions.
+      optional: the tensor may be absent from the file.
+    """
+
+    name: str
+    path: str
+    hook: Hook = AS_IS
+    optional: bool = False
+
+    @functools.cached_property
+    def _name_regex(self):
+        return re.compile(re.escape(self.name).replace(r"\{i\}", r"(\d+)"))
+
+    @functools.cached_property
+    def _path_regex(self):
+        return re.compile(re.escape(self.path).replace(r"\{i\}", r"(\d+)"))
+
+
+def linear(name: str, path: str) -> tuple[Rule, Rule]:
+    """Weight and bias of a linear layer."""
+    return (
+        Rule(f"{name}.weight", f"{path}/kernel", TRANSPOSE),
+        Rule(f"{name}.bias", f"{path}/bias"),
+    )
+
+
+def norm(name: str, path: str) -> tuple[Rule, Rule]:
+    """Weight and bias of a layer norm."""
+    return (
+        Rule(f"{name}.weight", f"{path}/scale"),
+        Rule(f"{name}.bias", f"{path}/bias"),
+    )
+
+
+class HostLeaf(NamedTuple):
+    """An array known by shape and dtype, brought to the host when asked for."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    def __array__(self, dtype=None, copy=None):
+        del copy
+        return np.asarray(self.read(), dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NameTable:
+    """The tensors of one kind of checkpoint.
+
+    Attributes:
+      model: name of the backbone for `models.build`.
+      rules: the rows; names and paths are unique.
+      aliases: (regex, replacement) pairs, applied in order to every foreign name
+        before it is looked up.
+      ignore: regular expressions of foreign names that are dropped on purpose, such
+        as heads; matched in full after the aliases.
+      options: parsed `config.json` -> options of `models.build`.
+    """
+
+    model: str
+    rules: tuple[Rule, ...]
+    aliases: tuple[tuple[str, str], ...] = ()
+    ignore: tuple[str, ...] = ()
+    options: Callable[[Mapping[str, Any]], dict[str, Any]]
+
+    def load(
+        self,
+        tensors: Mapping[str, Any],
+        like: Any = None,
+        *,
+        where: str = "NameTable.load",
+    ) -> dict[str, Any]:
+        """Foreign tensors to parameters.
+
+        Args:
+          tensors: name -> array; one is read at a time.
+          like: parameters or their `jax.eval_shape`, unrolled or scanned. Its
+            structure, shapes and dtypes are those of the result, and its shardings
+            where it has any. None: the unrolled parameters that the file holds, in
+            its dtypes.
+          where: what an error begins with.
+
+        Returns:
+          A nested dict of JAX arrays.
+
+        Raises:
+          ValueError: listing every tensor that is missing, unexpected or of the
+            wrong shape.
+        """
+        found, problems = self._match(tensors)
+        wanted = None if like is None else _unrolled(like)
+        problems += self._missing(found, wanted)
+        arrays = {}
+        for path, (name, hook) in found.items():
+            if wanted is not None and path not in wanted:
+                continue
+            raw = tensors[name]
+            if hook.ndim not in (None, raw.ndim):
+                problems.append(f"wrong shape: {name!r} is {raw.shape}")
+                continue
+            arrays[path] = array = hook.load(raw)
+            if wanted is not None and path in wanted:
+                problems += _differs(name, array, path, wanted[path])
+        if problems:
+            raise ValueError(f"{where}: " + "; ".join(problems))
+        if like is None:
+            return tree_of({p: to_device(a) for p, a in arrays.items()})
+        return tree_lib.map_with_path(lambda p, leaf: _place(p, leaf, arrays), like)
+
+    def save(self, params: Any) -> dict[str, HostLeaf]:
+        """Parameters to foreign tensors, read lazily one by one.
+
+        Args:
+          params: parameters, unrolled or scanned.
+
+        Returns:
+          name -> array-like with shape and dtype.
+
+        Raises:
+          ValueError: listing every leaf that no rule covers.
+        """
+        out, uncovered = {}, []
+        for path, leaf in _unrolled(params).items():
+            hit = self._rule_of_path(path)
+            if hit is None:
+                uncovered.append(path)
+                continue
+            name, hook = hit
+            out[name] = HostLeaf(
+                hook.save(np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)).shape,
+                np.dtype(leaf.dtype),
+                lambda leaf=leaf, hook=hook: hook.save(leaf.read()),
+            )
+        if uncovered:
+            raise ValueError(f"NameTable.save: no rule for {', '.join(uncovered)}")
+        return out
+
+    def _match(self, tensors):
+        """Returns ({path: (foreign name, hook)}, problems)."""
+        found, problems = {}, []
+        for name in tensors:
+            canonical = name
+            for regex, replacement in self.aliases:
+                canonical = re.sub(regex, replacement, canonical)
+            hit = self._rule_of_name(canonical)
+            if hit is None:
+                if not any(re.fullmatch(regex, canonical) for regex in self.ignore):
+                    problems.append(f"unexpected: {name!r}")
+            elif hit[0] in found:
+                first = found[hit[0]][0]
+                problems.append(f"twice the same tensor: {first!r} and {name!r}")
+            else:
+                found[hit[0]] = (name, hit[1])
+        return found, problems
+
+    def _rule_of_name(self, name):
+        for rule in self.rules:
+            if match := rule._name_regex.fullmatch(name):
+                return _fill(rule.path, match), rule.hook
+        return None
+
+    def _rule_of_path(self, path):
+        for rule in self.rules:
+            if match := rule._path_regex.fullmatch(path):
+                return _fill(rule.name, match), rule.hook
+        return None
+
+    def _missing(self, found, wanted):
+        """Without `wanted`, every rule must hold for every layer that occurs."""
+        if wanted is None:
+            layers = [int(m[1]) for p in found if (m := re.match(r"layers_(\d+)/", p))]
+            depth = max(layers, default=0) + 1
+            needed = [
+                rule.path.replace("{i}", str(i))
+                for rule in self.rules
+                if not rule.optional
+                for i in range(depth if "{i}" in rule.path else 1)
+            ]
+        else:
+            needed = list(wanted)
+        problems = []
+        for path in needed:
+            if path not in found:
+                hit = self._rule_of_path(path)
+                name = repr(hit[0]) if hit else "no tensor of this table"
+                problems.append(f"missing: {name} for {path!r}")
+        return problems
+
+
+def tree_of(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dict from paths; {"a/b": x} -> {"a": {"b": x}}.
+
+    Raises:
+      ValueError: if a path runs through a leaf.
+    """
+    out: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        node = out
+        for key in parents:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"tree_of: {path!r} runs through a leaf")
+        if last in node:
+            raise ValueError(f"tree_of: {path!r} is both a leaf and a node")
+        node[last] = leaf
+    return out
+
+
+def to_device(array: np.ndarray, sharding: Any = None) -> jax.Array:
+    """A JAX array that shares no memory with `array`, which may be a mapped file."""
+    return jax.device_put(np.array(array, order="C"), sharding)
+
+
+def _fill(template, match):
+    return template.replace("{i}", str(int(match[1]))) if match.groups() else template
+
+
+def _unrolled(params):
+    """{unrolled path: HostLeaf}; `layers/...` is split along its first axis."""
+    out = {}
+    for key_path, leaf in jax.tree.leaves_with_path(params):
+        path = tree_lib.path_str(key_path)
+        shape, dtype = tuple(leaf.shape), leaf.dtype
+        if match := _SCANNED.fullmatch(path):
+            for i in range(shape[0]):
+                out[f"layers_{i}/{match[1]}"] = HostLeaf(
+                    shape[1:], dtype, lambda leaf=leaf, i=i: np.asarray(leaf[i])
+                )
+        else:
+            out[path] = HostLeaf(shape, dtype, lambda leaf=leaf: np.asarray(leaf))
+    return out
+
+
+def _differs(name, array, path, wanted):
+    if array.shape != wanted.shape:
+        return [
+            f"wrong shape: {name!r} gives {array.shape} for {path!r}, which is "
+            f"{wanted.shape}"
+        ]
+    inexact = [jnp.issubdtype(x.dtype, jnp.inexact) for x in (array, wanted)]
+    if inexact[0] != inexact[1]:
+        return [f"wrong dtype: {name!r} is {array.dtype}, {path!r} is {wanted.dtype}"]
+    return []
+
+
+def _place(path, leaf, arrays):
+    """The array for one leaf of `like`, cast, stacked and put where it belongs."""
+    if match := _SCANNED.fullmatch(path):
+        depth = leaf.shape[0]
+        array = np.stack([arrays[f"layers_{i}/{match[1]}"] for i in range(depth)])
+    else:
+        array = arrays[path]
+    return to_device(np.asarray(array, leaf.dtype), getattr(leaf, "sharding", None))

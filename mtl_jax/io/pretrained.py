@@ -1,0 +1,138 @@
+"""Pretrained checkpoints in foreign layouts: one file or a folder of shards."""
+
+import collections
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from mtl_jax.io import safetensors
+from mtl_jax.io.names import NameTable
+
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_CONFIG = "config.json"
+
+
+def load_pretrained(
+    path: epath.PathLike, table: NameTable, like: Any = None
+) -> dict[str, Any]:
+    """Reads a checkpoint into the parameters of one of our backbones.
+
+    Args:
+      path: a safetensors file, or a folder with `model.safetensors` or with shards
+        and their index.
+      table: layout of the checkpoint, from `io.names`.
+      like: parameters or their `jax.eval_shape`, unrolled or scanned; gives
+        structure, shapes, dtypes and shardings, and lets every fault be named. None:
+        whatever layers the file holds, unrolled, in its own dtypes.
+
+    Returns:
+      Nested dict of JAX arrays, to be used as `params`.
+
+    Raises:
+      FileNotFoundError: if there is nothing to read.
+      ValueError: for a corrupt file, or listing every tensor that is missing,
+        unexpected or of the wrong shape.
+    """
+    path = epath.Path(path)
+    tensors = _open(path)
+    return table.load(tensors, like, where=f"load_pretrained: {path}")
+
+
+def save_pretrained(
+    path: epath.PathLike,
+    params: Any,
+    table: NameTable,
+    *,
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes parameters in a foreign layout.
+
+    Args:
+      path: a file ending in `.safetensors`, or a folder (made if need be) that gets
+        `model.safetensors`.
+      params: parameters, unrolled or scanned.
+      table: layout to write.
+      config: contents of `config.json`, for a folder.
+
+    Raises:
+      ValueError: listing the leaves that the table does not cover, or for a config
+        beside a single file.
+      OSError: if the file cannot be written.
+    """
+    path = epath.Path(path)
+    tensors = table.save(params)
+    if path.suffix == ".safetensors":
+        if config is not None:
+            raise ValueError("save_pretrained: config needs a folder, not a file")
+        safetensors.save(path, tensors, {"format": "pt"})
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot make {path}: {error.strerror or error}") from error
+    safetensors.save(path / _WEIGHTS, tensors, {"format": "pt"})
+    if config is not None:
+        (path / _CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n")
+
+
+def read_config(path: epath.PathLike) -> dict[str, Any]:
+    """The `config.json` of a checkpoint folder.
+
+    `models.build(table.model, **table.options(read_config(path)))` is the backbone
+    that fits its weights.
+
+    Raises:
+      FileNotFoundError: if there is none.
+      ValueError: if it is not a JSON object.
+    """
+    path = epath.Path(path) / _CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    return _json(path)
+
+
+def _json(path):
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: must be a JSON object")
+    return value
+
+
+def _open(path):
+    """All tensors of a file, a folder or an index, none of them read yet."""
+    if not path.is_dir():
+        return safetensors.SafetensorsFile(path)
+    if (path / _WEIGHTS).is_file():
+        return safetensors.SafetensorsFile(path / _WEIGHTS)
+    if (path / _INDEX).is_file():
+        return _open_shards(path)
+    found = sorted(child.name for child in path.iterdir())
+    raise FileNotFoundError(
+        f"{path} has neither {_WEIGHTS} nor {_INDEX}; found: "
+        f"{', '.join(found) or 'nothing'} (only safetensors weights are read)"
+    )
+
+
+def _open_shards(path):
+    index = path / _INDEX
+    weight_map = _json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: has no weight_map")
+    if bad := sorted(f for f in set(weight_map.values()) if "/" in str(f)):
+        raise ValueError(f"{index}: shards must lie beside it, found {bad[0]!r}")
+    files = {
+        name: safetensors.SafetensorsFile(path / name)
+        for name in sorted(set(weight_map.values()))
+    }
+    absent = sorted(
+        name for name, file in weight_map.items() if name not in files[file]
+    )
+    if absent:
+        raise ValueError(f"{index}: not in the shard it names: {', '.join(absent)}")
+    return collections.ChainMap(*files.values())

@@ -1,0 +1,286 @@
+"""The safetensors format: checked reading by memory map, streamed atomic writing.
+
+A file is eight bytes (little-endian length of the header), a JSON header that maps
+names to dtype, shape and byte range, and the raw little-endian tensors without gaps.
+"""
+
+import contextlib
+import json
+import math
+import os
+import secrets
+import struct
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+_DTYPES = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "U16": np.dtype("<u2"),
+    "I16": np.dtype("<i2"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "U32": np.dtype("<u4"),
+    "I32": np.dtype("<i4"),
+    "F32": np.dtype("<f4"),
+    "U64": np.dtype("<u8"),
+    "I64": np.dtype("<i8"),
+    "F64": np.dtype("<f8"),
+    "C64": np.dtype("<c8"),
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MAX_HEADER = 100_000_000
+_ALIGN = 8
+
+
+class _Entry(NamedTuple):
+    """Where a tensor lies: offsets count from the end of the header."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class SafetensorsFile(Mapping[str, np.ndarray]):
+    """Lazy read-only view of one file: opening checks the header, reading maps.
+
+    Tensors of a local file are memory-mapped views, so nothing is copied until it is
+    used; on other file systems (`gs://`) each access reads its own byte range.
+
+    Args:
+      path: a local path or anything `etils.epath` opens.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if the file is not a well-formed safetensors file, naming the fault.
+    """
+
+    def __init__(self, path: epath.PathLike):
+        self.path = epath.Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"no such file: {self.path}")
+        size = self.path.stat().length
+        with self.path.open("rb") as f:
+            header = _read_header(f, size, self.path)
+        self._start, raw = header
+        self.metadata: dict[str, str] = _metadata(raw, self.path)
+        self._entries = _entries(raw, size - self._start, self.path)
+        self._map = (
+            np.memmap(self.path, np.uint8, "r")
+            if size and os.path.exists(self.path)
+            else None
+        )
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        entry = self._entries[name]
+        begin, count = self._start + entry.begin, entry.end - entry.begin
+        if self._map is not None:
+            raw = self._map[begin : begin + count].view(np.ndarray)
+        else:
+            with self.path.open("rb") as f:
+                f.seek(begin)
+                raw = np.frombuffer(f.read(count), np.uint8)
+        return raw.view(entry.dtype).reshape(entry.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> np.dtype:
+        """Dtype of a tensor, without reading it."""
+        return self._entries[name].dtype
+
+
+def _read_header(f, size, path):
+    """Returns (offset of the data, header as a dict)."""
+    if size < 8:
+        raise ValueError(f"{path}: truncated, {size} bytes hold no header length")
+    (length,) = struct.unpack("<Q", f.read(8))
+    if length > _MAX_HEADER:
+        raise ValueError(
+            f"{path}: header length {length} is above the limit of {_MAX_HEADER}: "
+            "not a safetensors file, or corrupt"
+        )
+    if 8 + length > size:
+        raise ValueError(
+            f"{path}: header of {length} bytes runs past the end of the file "
+            f"({size} bytes): truncated or corrupt"
+        )
+    try:
+        header = json.loads(f.read(length), object_pairs_hook=_unique)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: header is not valid JSON: {error}") from error
+    except _DuplicateKeyError as error:
+        raise ValueError(f"{path}: header has {error} twice") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: header must be a JSON object")
+    return 8 + length, header
+
+
+class _DuplicateKeyError(Exception):
+    pass
+
+
+def _unique(pairs):
+    out = {}
+    for key, value in pairs:
+        if key in out:
+            raise _DuplicateKeyError(repr(key))
+        out[key] = value
+    return out
+
+
+def _metadata(header, path):
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(
+        isinstance(v, str) for v in metadata.values()
+    ):
+        raise ValueError(f"{path}: __metadata__ must map strings to strings")
+    return metadata
+
+
+def _entries(header, size, path):
+    """Checks every tensor and that together they tile the data exactly."""
+    entries = {name: _entry(name, raw, size, path) for name, raw in header.items()}
+    end, last = 0, "the header"
+    for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if entry.begin < end:
+            raise ValueError(
+                f"{path}: {name!r} begins at byte {entry.begin} and overlaps {last}, "
+                f"which ends at {end}"
+            )
+        if entry.begin > end:
+            raise ValueError(
+                f"{path}: {entry.begin - end} unused bytes between {last} and {name!r}"
+            )
+        end, last = entry.end, repr(name)
+    if end != size:
+        raise ValueError(f"{path}: {size - end} unused bytes after {last}")
+    return entries
+
+
+def _entry(name, raw, size, path):
+    where = f"{path}: {name!r}"
+    if not isinstance(raw, dict) or set(raw) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{where} must have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(
+            f"{where} has unknown dtype {dtype!r}, known: {', '.join(_DTYPES)}"
+        )
+    if not _naturals(shape):
+        raise ValueError(f"{where} has an invalid shape {shape!r}")
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"{where} has invalid data_offsets {offsets!r}")
+    begin, end = offsets
+    if end > size:
+        raise ValueError(
+            f"{where} ends at byte {end} of the data, of which the file has {size}: "
+            "truncated or corrupt"
+        )
+    wanted = math.prod(shape) * _DTYPES[dtype].itemsize
+    if wanted != end - begin:
+        raise ValueError(
+            f"{where} is {dtype}{shape}, {wanted} bytes, but its range has "
+            f"{end - begin}"
+        )
+    return _Entry(_DTYPES[dtype], tuple(shape), begin, end)
+
+
+def _naturals(value):
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+
+
+def save(
+    path: epath.PathLike,
+    tensors: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes tensors to one file, one at a time, and renames it into place.
+
+    Args:
+      path: the file; its directory must exist.
+      tensors: name -> array (NumPy or JAX); each is brought to the host only while
+        it is written. Shape and dtype are read beforehand.
+      metadata: strings to strings.
+
+    Raises:
+      ValueError: for a dtype that the format lacks, or metadata that is not strings.
+      OSError: if the file cannot be written; nothing is left behind then.
+    """
+    path = epath.Path(path)
+    header = _header(tensors, metadata or {})
+    with _replacing(path) as f:
+        f.write(struct.pack("<Q", len(header)))
+        f.write(header)
+        for name in _order(tensors):
+            array = np.asarray(tensors[name])
+            little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+            f.write(np.ascontiguousarray(little).reshape(-1).view(np.uint8).data)
+
+
+def _order(tensors):
+    """Widest dtype first, then by name: every tensor is aligned to its item size."""
+    return sorted(tensors, key=lambda n: (-np.dtype(tensors[n].dtype).itemsize, n))
+
+
+def _header(tensors, metadata):
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise ValueError(
+                f"safetensors.save: metadata must map strings to strings, found "
+                f"{key!r}: {value!r}"
+            )
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    begin = 0
+    for name in _order(tensors):
+        if name == "__metadata__":
+            raise ValueError("safetensors.save: '__metadata__' is a reserved name")
+        dtype = np.dtype(tensors[name].dtype).newbyteorder("<")
+        if dtype not in _NAMES:
+            raise ValueError(
+                f"safetensors.save: {name!r} has dtype {dtype}, which the format "
+                f"lacks; known: {', '.join(_DTYPES)}"
+            )
+        shape = tuple(tensors[name].shape)
+        end = begin + math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": _NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    return raw + b" " * (-len(raw) % _ALIGN)
+
+
+@contextlib.contextmanager
+def _replacing(path: epath.Path):
+    """Opens a temporary sibling that becomes `path` only on success."""
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a directory")
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        with temporary.open("wb") as f:
+            yield f
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
