@@ -111,6 +111,16 @@ class Trainer:
             mtl_tree.check_match(
                 "fit", like, params, reference_name="init", other_name="params"
             )
+            for (path, x), wanted in zip(
+                jax.tree_util.tree_leaves_with_path(params),
+                jax.tree.leaves(like),
+                strict=True,
+            ):
+                if x.dtype != wanted.dtype:
+                    raise ValueError(
+                        f"fit: {mtl_tree.path_str(path)!r} is {x.dtype} in params, "
+                        f"{wanted.dtype} in init"
+                    )
             params = sharding.place(params, self._param_shardings())
         return self._start(params, run_key)
 
