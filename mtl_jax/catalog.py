@@ -205,9 +205,10 @@ def get(name: str) -> Entry:
     """
     by_name = {entry.name: entry for entry in entries()}
     if name not in by_name:
-        close = difflib.get_close_matches(
-            name.lower().replace("_", "-"), by_name, n=5, cutoff=0.5
-        )
+        wanted = name.lower().replace("_", "-")
+        close = difflib.get_close_matches(wanted, by_name, n=5, cutoff=0.5)
+        inside = [known for known in by_name if wanted and wanted in known]
+        close = list(dict.fromkeys(inside + close))[:5]
         hint = f"close: {', '.join(close)}" if close else "`mtl-jax list` shows them"
         raise ValueError(f"catalog.get: no system named {name!r}; {hint}")
     return by_name[name]

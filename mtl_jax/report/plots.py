@@ -236,7 +236,7 @@ def render(
     with _draw.style(format, salt):
         canvas = draw(figure)
         if title:
-            canvas.suptitle(title)
+            canvas.axes[0].set_title(title, loc="left", fontweight="bold")
         metadata = {"Date": None} if format == "svg" else {}
         canvas.savefig(
             buffer,
