@@ -60,14 +60,15 @@ def load_tree(path: epath.PathLike, like: Any = None) -> tuple[Any, dict[str, An
     metadata = _read_metadata(file)
     if like is None:
         if set(file) == {""}:
-            return to_device(file[""]), metadata
-        leaves = {name: to_device(file[name]) for name in sorted(file)}
+            return to_device("", file[""]), metadata
+        leaves = {name: to_device(name, file[name]) for name in sorted(file)}
         return tree_of(leaves), metadata
     _check(file, like)
-    tree = tree_lib.map_with_path(
-        lambda name, leaf: to_device(file[name], getattr(leaf, "sharding", None)), like
-    )
-    return tree, metadata
+
+    def read(name, leaf):
+        return to_device(name, file[name], getattr(leaf, "sharding", None))
+
+    return tree_lib.map_with_path(read, like), metadata
 
 
 def digest(tree: Any) -> str:

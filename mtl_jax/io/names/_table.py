@@ -170,7 +170,7 @@ class NameTable:
         if problems:
             raise ValueError(f"{where}: " + "; ".join(problems))
         if like is None:
-            return tree_of({p: to_device(a) for p, a in arrays.items()})
+            return tree_of({p: to_device(p, a) for p, a in arrays.items()})
         return tree_lib.map_with_path(lambda p, leaf: _place(p, leaf, arrays), like)
 
     def save(self, params: Any) -> dict[str, HostLeaf]:
@@ -273,8 +273,17 @@ def tree_of(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def to_device(array: np.ndarray, sharding: Any = None) -> jax.Array:
-    """A JAX array that shares no memory with `array`, which may be a mapped file."""
+def to_device(name: str, array: np.ndarray, sharding: Any = None) -> jax.Array:
+    """A JAX array that shares no memory with `array`, which may be a mapped file.
+
+    Raises:
+      ValueError: for a 64-bit dtype that JAX would narrow.
+    """
+    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+        raise ValueError(
+            f"{name!r} is {array.dtype}, which JAX would narrow; switch "
+            "jax_enable_x64 on to read it"
+        )
     return jax.device_put(np.array(array, order="C"), sharding)
 
 
@@ -317,4 +326,6 @@ def _place(path, leaf, arrays):
         array = np.stack([arrays[f"layers_{i}/{match[1]}"] for i in range(depth)])
     else:
         array = arrays[path]
-    return to_device(np.asarray(array, leaf.dtype), getattr(leaf, "sharding", None))
+    return to_device(
+        path, np.asarray(array, leaf.dtype), getattr(leaf, "sharding", None)
+    )
