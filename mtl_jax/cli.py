@@ -12,7 +12,7 @@ import pathlib
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -29,6 +29,78 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+_CONFIG_HELP = (
+    "config file; any value of it can be replaced by --config.KEY=VALUE, "
+    "such as --config.optimizer.learning_rate=1e-4"
+)
+
+
+def _add_experiments(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """The commands that take a config."""
+    run = add(
+        "run",
+        "run an experiment, or resume it where it stopped",
+        """\
+        mtl-jax run experiments/configs/tall_masks.py:demo
+        mtl-jax run experiments/configs/tall_masks.py:tiny --workdir /tmp/try
+        mtl-jax run experiments/configs/tall_masks.py:demo --config.seed=1""",
+    )
+    run.add_argument("config", metavar="CONFIG[:VARIANT]", help=_CONFIG_HELP)
+    run.add_argument(
+        "--workdir",
+        metavar="DIR",
+        help="where results and checkpoints go, also gs:// "
+        "(default: runs/CONFIG-VARIANT)",
+    )
+
+    preflight = add(
+        "preflight",
+        "compile an experiment for a TPU that is not here, and say whether it fits",
+        """\
+        mtl-jax preflight experiments/configs/tall_masks.py:paper --topology v5e:4x4
+        mtl-jax preflight CONFIG --topology v5p:2x2x2 --mesh data=4,model=2""",
+    )
+    preflight.add_argument("config", metavar="CONFIG[:VARIANT]", help=_CONFIG_HELP)
+    preflight.add_argument(
+        "--topology",
+        required=True,
+        metavar="CHIP:AxB[xC]",
+        help="such as v5e:4x4, v4:2x2x1, v6e:4x4",
+    )
+    preflight.add_argument(
+        "--mesh",
+        metavar="AXIS=N,...",
+        help="mesh axes; -1 takes the devices that are left (default: the config's)",
+    )
+
+
+def _add_readers(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """The commands that only read."""
+    catalogue = add(
+        "list",
+        "list the systems of the catalogue",
+        """\
+        mtl-jax list --family merging
+        mtl-jax list --uses merging.ties --json""",
+    )
+    catalogue.add_argument("--family", help="only this family, such as merging")
+    catalogue.add_argument(
+        "--uses", metavar="PRIMITIVE", help="only systems composed of this primitive"
+    )
+    catalogue.add_argument("--status", help="only 'working' or only 'planned'")
+    catalogue.add_argument("--json", action="store_true", help="print JSON")
+
+    show = add("show", "describe one system", "mtl-jax show tall-masks")
+    show.add_argument("system", metavar="SYSTEM", help="name, as `mtl-jax list` shows")
+
+    report = add(
+        "report",
+        "draw the report of a finished run again, and print its tables",
+        "mtl-jax report runs/tall_masks-demo",
+    )
+    report.add_argument("workdir", metavar="WORKDIR", help="directory of the run")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,69 +126,8 @@ def _parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
 
-    config_help = (
-        "config file; any value of it can be replaced by --config.KEY=VALUE, "
-        "such as --config.optimizer.learning_rate=1e-4"
-    )
-    run = add(
-        "run",
-        "run an experiment, or resume it where it stopped",
-        """\
-        mtl-jax run experiments/configs/tall_masks.py:demo
-        mtl-jax run experiments/configs/tall_masks.py:tiny --workdir /tmp/try
-        mtl-jax run experiments/configs/tall_masks.py:demo --config.seed=1""",
-    )
-    run.add_argument("config", metavar="CONFIG[:VARIANT]", help=config_help)
-    run.add_argument(
-        "--workdir",
-        metavar="DIR",
-        help="where results and checkpoints go, also gs:// "
-        "(default: runs/CONFIG-VARIANT)",
-    )
-
-    preflight = add(
-        "preflight",
-        "compile an experiment for a TPU that is not here, and say whether it fits",
-        """\
-        mtl-jax preflight experiments/configs/tall_masks.py:paper --topology v5e:4x4
-        mtl-jax preflight CONFIG --topology v5p:2x2x2 --mesh data=4,model=2""",
-    )
-    preflight.add_argument("config", metavar="CONFIG[:VARIANT]", help=config_help)
-    preflight.add_argument(
-        "--topology",
-        required=True,
-        metavar="CHIP:AxB[xC]",
-        help="such as v5e:4x4, v4:2x2x1, v6e:4x4",
-    )
-    preflight.add_argument(
-        "--mesh",
-        metavar="AXIS=N,...",
-        help="mesh axes; -1 takes the devices that are left (default: the config's)",
-    )
-
-    catalogue = add(
-        "list",
-        "list the systems of the catalogue",
-        """\
-        mtl-jax list --family merging
-        mtl-jax list --uses merging.ties --json""",
-    )
-    catalogue.add_argument("--family", help="only this family, such as merging")
-    catalogue.add_argument(
-        "--uses", metavar="PRIMITIVE", help="only systems composed of this primitive"
-    )
-    catalogue.add_argument("--status", help="only 'working' or only 'planned'")
-    catalogue.add_argument("--json", action="store_true", help="print JSON")
-
-    show = add("show", "describe one system", "mtl-jax show tall-masks")
-    show.add_argument("system", metavar="SYSTEM", help="name, as `mtl-jax list` shows")
-
-    report = add(
-        "report",
-        "draw the report of a finished run again, and print its tables",
-        "mtl-jax report runs/tall_masks-demo",
-    )
-    report.add_argument("workdir", metavar="WORKDIR", help="directory of the run")
+    _add_experiments(add)
+    _add_readers(add)
     return parser
 
 

@@ -33,11 +33,13 @@ def lines(stream):
 
 def test_plain_lines_are_throttled_and_tell_the_rest():
     clock, stream = Clock(), io.StringIO()
-    with Progress(stream=stream, interval=10, clock=clock) as progress:
-        with progress.task("fit", total=100) as task:
-            for step in range(1, 101):
-                clock.now += 1
-                task(step, 100, {"loss": 1 / step})
+    with (
+        Progress(stream=stream, interval=10, clock=clock) as progress,
+        progress.task("fit", total=100) as task,
+    ):
+        for step in range(1, 101):
+            clock.now += 1
+            task(step, 100, {"loss": 1 / step})
     found = lines(stream)
     assert found[0] == "fit: start"
     assert found[1] == "fit 1/100 1%  1:39 left  loss 1"
@@ -49,12 +51,14 @@ def test_plain_lines_are_throttled_and_tell_the_rest():
 
 def test_nested_tasks_are_indented():
     stream = io.StringIO()
-    with Progress("study", stream=stream) as progress:
-        with progress.task("experts", total=2) as experts:
-            for name in ("trec", "sst2"):
-                with progress.task(name, total=1) as inner:
-                    inner.advance()
-                experts.advance()
+    with (
+        Progress("study", stream=stream) as progress,
+        progress.task("experts", total=2) as experts,
+    ):
+        for name in ("trec", "sst2"):
+            with progress.task(name, total=1) as inner:
+                inner.advance()
+            experts.advance()
     found = lines(stream)
     assert found[0] == "study" and found[-1].startswith("study: done in")
     assert "  trec 1/1 100%" in found and "experts 2/2 100%" in found
@@ -62,14 +66,16 @@ def test_nested_tasks_are_indented():
 
 def test_resumed_steps_do_not_count_as_speed():
     clock = Clock()
-    with Progress(stream=io.StringIO(), clock=clock) as progress:
-        with progress.task("fit", total=100) as task:
-            clock.now = 5.0
-            task(50, 100, {})
-            assert task.seconds_left is None
-            clock.now = 15.0
-            task(60, 100, {})
-            assert task.seconds_left == pytest.approx(40.0)
+    with (
+        Progress(stream=io.StringIO(), clock=clock) as progress,
+        progress.task("fit", total=100) as task,
+    ):
+        clock.now = 5.0
+        task(50, 100, {})
+        assert task.seconds_left is None
+        clock.now = 15.0
+        task(60, 100, {})
+        assert task.seconds_left == pytest.approx(40.0)
 
 
 def test_is_itself_a_callback():
@@ -86,19 +92,24 @@ def test_is_itself_a_callback():
 
 def test_failure_is_said_and_raised():
     stream = io.StringIO()
-    with pytest.raises(RuntimeError), Progress("w", stream=stream) as progress:
-        with progress.task("fit", total=1):
-            raise RuntimeError
+    with (
+        pytest.raises(RuntimeError),
+        Progress("w", stream=stream) as progress,
+        progress.task("fit", total=1),
+    ):
+        raise RuntimeError
     assert lines(stream)[-1].startswith("fit: stopped")
 
 
 def test_terminal_draws_bars_and_no_markup():
     stream = Terminal()
-    with Progress("[b]study[/b]", stream=stream) as progress:
-        with progress.task("[red]fit", total=2) as task:
-            with progress.task("inner") as inner:
-                inner.advance()
-            task.update(2, loss=0.25)
+    with (
+        Progress("[b]study[/b]", stream=stream) as progress,
+        progress.task("[red]fit", total=2) as task,
+    ):
+        with progress.task("inner") as inner:
+            inner.advance()
+        task.update(2, loss=0.25)
     text = stream.getvalue()
     assert "[red]fit" in text and "[b]study[/b]" in text
     assert "2/2" in text and "loss 0.25" in text
