@@ -20,9 +20,8 @@ _OP = re.compile(
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _CALL = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=\{?([^},]+)")
 _BODY = re.compile(r"\bbody=%?([\w.\-]+)")
-_GROUPS = re.compile(
-    r"replica_groups=(\{\{.*?\}\}|\[[^ ]*?\](?:T\([\d,]*\))?|\S+?)(?=, |$)"
-)
+_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=(.*?)(?:, [a-z_]+=|$)")
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 
 
 class Collective(NamedTuple):
@@ -60,9 +59,10 @@ def collectives(text: str) -> tuple[Collective, ...]:
 
     Returns:
       One entry per kind, type, shape, groups and place. A collective over a tuple of
-      arrays gives one entry for each array.
+      arrays gives one entry for each array; one that the compiler split into stages,
+      which share a channel, counts once.
     """
-    computation, calls, loops = "", {}, set()
+    computation, calls, loops, channels = "", {}, set(), set()
     found: dict[tuple, int] = {}
     for line in text.splitlines():
         header = _HEADER.match(line)
@@ -74,7 +74,9 @@ def collectives(text: str) -> tuple[Collective, ...]:
                 calls.setdefault(computation, set()).add(name.strip("%,"))
         loops.update(_BODY.findall(line))
         op = _OP.match(line)
-        if op:
+        channel = _CHANNEL.search(line)
+        if op and not (channel and channel.group(1) in channels):
+            channels.update(channel.groups() if channel else ())
             for dtype, shape in _results(op.group(1), line, op.group(2)):
                 groups = _GROUPS.search(line)
                 key = (op.group(2), dtype, shape, groups.group(1) if groups else "")

@@ -97,7 +97,7 @@ def init_state(
     trained, frozen = split(jax.tree.map(_fresh, params), trainable.frozen)
     average = None
     if ema:
-        average = jax.tree.map(lambda x: _fresh(x).astype(_wide(x.dtype)), trained)
+        average = jax.tree.map(lambda x: _fresh(x).astype(wide(x.dtype)), trained)
     with lenient_promotion():
         opt_state = trainable.tx.init(trained)
     return TrainState(
@@ -151,5 +151,6 @@ def _fresh(x: Any) -> jax.Array:
     return jnp.array(x, dtype=x.dtype, copy=True)
 
 
-def _wide(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
+def wide(dtype: Any) -> Any:
+    """float32, or float64 for float64: the dtype that sums and averages are kept in."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
