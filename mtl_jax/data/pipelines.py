@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mtl_jax.data.order import Ordered
 from mtl_jax.data.transforms import Element, Transform
 
 if TYPE_CHECKING:
@@ -32,26 +33,18 @@ def _rows(
     shard_index: int,
     num_shards: int,
 ) -> grain.MapDataset:
-    """The shared front: shuffle, take this host's share, repeat, map."""
+    """The shared front: this host's rows in order, transformed."""
     import grain
 
-    if not 0 <= shard_index < num_shards:
-        raise ValueError(
-            f"pipeline: shard_index {shard_index} is not in 0..{num_shards - 1}"
-        )
-    rows = len(source)
-    if rows < num_shards:
-        raise ValueError(f"pipeline: {rows} rows cannot feed {num_shards} shards")
-    data = grain.MapDataset.source(source).seed(seed)
-    if shuffle:
-        data = data.shuffle()
-    if num_shards > 1:
-        # With repetition all hosts must agree where an epoch ends, or their epochs
-        # drift apart and overlap: the few rows left over differ by epoch.
-        stop = rows - rows % num_shards if repeat else rows
-        data = data.slice(slice(shard_index, stop, num_shards))
-    if repeat:
-        data = data.repeat()
+    order = Ordered(
+        source,
+        seed=seed,
+        shuffle=shuffle,
+        repeat=repeat,
+        shard_index=shard_index,
+        num_shards=num_shards,
+    )
+    data = grain.MapDataset.source(order).seed(seed % 2**32)
     if transform is not None:
         data = data.map(transform)
     if random_transform is not None:
