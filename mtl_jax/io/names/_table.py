@@ -155,17 +155,22 @@ class NameTable:
         """
         found, problems = self._match(tensors)
         wanted = None if like is None else _unrolled(like)
-        problems += self._missing(found, wanted)
+        problems = self._missing(found, wanted) + problems
         arrays = {}
-        for path, (name, hook) in found.items():
+        for path, (name, rule) in found.items():
             if wanted is not None and path not in wanted:
+                if not rule.optional:
+                    problems.append(f"unexpected: {name!r} for {path!r}")
                 continue
             raw = tensors[name]
-            if hook.ndim not in (None, raw.ndim):
-                problems.append(f"wrong shape: {name!r} is {raw.shape}")
+            if rule.hook.ndim not in (None, raw.ndim):
+                problems.append(
+                    f"wrong shape: {name!r} is {raw.shape}, wanted "
+                    f"{rule.hook.ndim} axes"
+                )
                 continue
-            arrays[path] = array = hook.load(raw)
-            if wanted is not None and path in wanted:
+            arrays[path] = array = rule.hook.load(raw)
+            if wanted is not None:
                 problems += _differs(name, array, path, wanted[path])
         if problems:
             raise ValueError(f"{where}: " + "; ".join(problems))
@@ -191,7 +196,7 @@ class NameTable:
             if hit is None:
                 uncovered.append(path)
                 continue
-            name, hook = hit
+            name, hook = hit[0], hit[1].hook
             out[name] = HostLeaf(
                 hook.save(np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)).shape,
                 np.dtype(leaf.dtype),
@@ -202,7 +207,7 @@ class NameTable:
         return out
 
     def _match(self, tensors):
-        """Returns ({path: (foreign name, hook)}, problems)."""
+        """Returns ({path: (foreign name, rule)}, problems)."""
         found, problems = {}, []
         for name in tensors:
             canonical = name
@@ -222,13 +227,13 @@ class NameTable:
     def _rule_of_name(self, name):
         for rule in self.rules:
             if match := rule._name_regex.fullmatch(name):
-                return _fill(rule.path, match), rule.hook
+                return _fill(rule.path, match), rule
         return None
 
     def _rule_of_path(self, path):
         for rule in self.rules:
             if match := rule._path_regex.fullmatch(path):
-                return _fill(rule.name, match), rule.hook
+                return _fill(rule.name, match), rule
         return None
 
     def _missing(self, found, wanted):

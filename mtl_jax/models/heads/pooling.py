@@ -27,7 +27,7 @@ def mean_pool(hidden: chex.Array, mask: chex.Array) -> chex.Array:
             f"mean_pool: wanted hidden [B, L, D] and mask [B, L], found "
             f"{hidden.shape} and {mask.shape}"
         )
-    active = (mask != 0).astype(jnp.float32)[..., None]
+    active = mask.astype(bool).astype(jnp.float32)[..., None]
     total = jnp.sum(hidden.astype(jnp.float32) * active, axis=1)
     count = jnp.maximum(jnp.sum(active, axis=1), 1.0)
     return (total / count).astype(hidden.dtype)

@@ -20,7 +20,9 @@ def mask_bias(mask: chex.Array) -> chex.Array:
     Returns:
       [B, 1, 1, L] float32, to be added to logits [B, H, L, L].
     """
-    return jnp.where(mask[:, None, None, :] != 0, 0.0, _MASKED).astype(jnp.float32)
+    return jnp.where(mask.astype(bool)[:, None, None, :], 0.0, _MASKED).astype(
+        jnp.float32
+    )
 
 
 def attend(

@@ -1,0 +1,34 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mtl_jax import models
+
+pytestmark = pytest.mark.fast
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_every_name_builds_abstractly(name):
+    module = models.build(name, **({"features": [4]} if name == "mlp" else {}))
+    if isinstance(module, models.Bert):
+        example = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    elif isinstance(module, models.ViT):
+        example = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    else:
+        example = jax.ShapeDtypeStruct((1, 4), jnp.float32)
+    assert jax.eval_shape(module.init, jax.random.key(0), example)["params"]
+
+
+def test_plain_config_data_is_enough():
+    module = models.build("mlp", features=[4, 2], dtype="bfloat16")
+    assert module.features == (4, 2)
+    assert module.dtype == jnp.bfloat16
+
+
+def test_misses_list_what_exists():
+    with pytest.raises(ValueError, match=r"no model 'vit-b/23' \(did you mean 'vit-b"):
+        models.build("vit-b/23")
+    with pytest.raises(ValueError, match="no option 'widht', known: .*width"):
+        models.build("bert", widht=3)
+    with pytest.raises(ValueError, match="'float17' is not a dtype"):
+        models.build("bert", dtype="float17")
