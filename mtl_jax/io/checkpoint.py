@@ -5,6 +5,7 @@ the name, shape and dtype of every leaf and a checksum of its bits, so that a tr
 another shape is refused by name before anything is read, and damaged data after.
 """
 
+import math
 import re
 from types import TracebackType
 from typing import Any
@@ -81,7 +82,10 @@ class Checkpointer:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                **{_STATE: ocp.args.StandardSave(tree), _META: ocp.args.JsonSave(note)}
+                **{
+                    _STATE: ocp.args.StandardSave(_nonempty(tree)),
+                    _META: ocp.args.JsonSave(note),
+                }
             ),
         )
 
@@ -114,11 +118,17 @@ class Checkpointer:
         try:
             restored = self._manager.restore(
                 step,
-                args=ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(like)}),
+                args=ocp.args.Composite(
+                    **{_STATE: ocp.args.StandardRestore(_nonempty(like))}
+                ),
             )
         except Exception as error:  # Orbax and tensorstore raise many kinds.
             raise self._damaged(step, error, like) from error
-        tree = restored[_STATE]
+        tree = jax.tree.map(
+            lambda x, read: jnp.zeros(x.shape, x.dtype) if read is None else read,
+            like,
+            restored[_STATE],
+        )
         for name, total in checksums(tree).items():
             if total != note["sums"].get(name):
                 raise self._damaged(step, f"{name!r} has changed since it was written")
@@ -221,6 +231,11 @@ def _checksum(x: jax.Array) -> jax.Array:
         place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim)
         weight = weight * (2 * place + 1)
     return jnp.sum(x * weight, dtype=jnp.uint32)
+
+
+def _nonempty(tree: Any) -> Any:
+    """Arrays without elements are None to Orbax, which cannot hold them."""
+    return jax.tree.map(lambda x: x if math.prod(x.shape) else None, tree)
 
 
 def _named(tree: Any) -> dict[str, Any]:

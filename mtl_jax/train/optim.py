@@ -145,7 +145,7 @@ def _decay_mask(patterns: tuple[str, ...]) -> Callable[[Any], Any]:
 
 def _lookup(kind: str, table: Mapping[str, Any], name: str) -> Any:
     if name not in table:
-        close = difflib.get_close_matches(str(name), table, 1)
+        close = difflib.get_close_matches(str(name).lower(), table, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"{kind}: found {name!r}, wanted one of {sorted(table)}{hint}")
     return table[name]

@@ -212,8 +212,12 @@ def _devices(topology: str) -> list[Any]:
             "preflight: the TPU compiler is not installed; "
             "pip install libtpu (or pip install 'mtl_jax[tpu]')"
         )
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",  # Ask no metadata server what machine this is.
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # A compiler holds no chip: share it.
+    }.items():
+        os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
     sizes = [int(n) for n in topology.split(":")[1].split("x")]
@@ -223,9 +227,14 @@ def _devices(topology: str) -> list[Any]:
     try:
         found = topologies.get_topology_desc(topology, platform="tpu", **options)
     except jax.errors.JaxRuntimeError as error:
+        text = " ".join(str(error).split())
+        if "INVALID_ARGUMENT" not in text:
+            raise ValueError(
+                f"preflight: the TPU compiler did not start: {text}"
+            ) from None
         raise ValueError(
             f"preflight: found topology {topology!r}, wanted a form such as {_FORMS}: "
-            f"{' '.join(str(error).split())}"
+            f"{text}"
         ) from None
     return list(found.devices)
 

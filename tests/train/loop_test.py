@@ -105,6 +105,9 @@ def test_grain_iterators_resume(toy, one_device, tmp_path, equal):
     trainer = train.Trainer(toy.trainable(), mesh=one_device)
     rows = [{k: v[0] for k, v in toy.batch(i, 1).items()} for i in range(40)]
     data = grain.MapDataset.source(rows).seed(3).shuffle().repeat().batch(8)
+    data = data.to_iter_dataset(
+        grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    )
     straight = trainer.fit(data, steps=7)
     trainer.fit(data, steps=3, workdir=tmp_path)
     equal(trainer.fit(data, steps=7, workdir=tmp_path).params, straight.params)

@@ -1,0 +1,98 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mtl_jax import train
+
+pytestmark = pytest.mark.fast
+
+PARAMS = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "values"),
+    [
+        ("constant", {"value": 0.5}, [0.5, 0.5, 0.5, 0.5, 0.5]),
+        ("constant", {"value": 1.0, "warmup_steps": 2}, [0, 0.5, 1, 1, 1]),
+        ("linear", {"peak": 1.0, "steps": 4}, [1, 0.75, 0.5, 0.25, 0]),
+        ("linear", {"peak": 1.0, "steps": 4, "warmup_steps": 2}, [0, 0.5, 1, 0.5, 0]),
+        (
+            "warmup_cosine",
+            {"peak": 2.0, "steps": 4, "warmup_steps": 2, "end": 1.0},
+            [0, 1, 2, 1.5, 1],
+        ),
+        (
+            "warmup_cosine",
+            {"peak": 1.0, "steps": 4},
+            [1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5, 0],
+        ),
+    ],
+)
+def test_schedules(name, options, values):
+    made = train.schedule(name, **options)
+    np.testing.assert_allclose([made(t) for t in range(5)], values, atol=1e-6)
+
+
+def one_update(tx, grads):
+    with jax.numpy_dtype_promotion("standard"):
+        return tx.update(grads, tx.init(PARAMS), PARAMS)[0]
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "lion", "sgd"])
+def test_names_are_optax_functions(name, equal):
+    grads = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, 4.0)}
+    equal(
+        one_update(train.optimizer(name, 0.1), grads),
+        one_update(getattr(optax, name)(0.1), grads),
+    )
+
+
+def test_no_decay_spares_only_the_named_leaves():
+    tx = train.optimizer("adamw", 0.1, no_decay=("bias$",), weight_decay=0.5)
+    updates = one_update(tx, jax.tree.map(jnp.zeros_like, PARAMS))
+    np.testing.assert_allclose(updates["kernel"], -0.05)
+    np.testing.assert_array_equal(updates["bias"], 0.0)
+
+
+def test_clipping_comes_first():
+    tx = train.optimizer("sgd", 1.0, clip_norm=1.0)
+    updates = one_update(tx, {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.zeros(2)})
+    np.testing.assert_allclose(updates["kernel"], -0.5, rtol=1e-6)
+
+
+def test_schedule_by_name_inside_an_optimizer():
+    tx = train.optimizer("sgd", ("constant", {"value": 0.25}))
+    updates = one_update(tx, jax.tree.map(jnp.ones_like, PARAMS))
+    np.testing.assert_array_equal(updates["bias"], -0.25)
+
+
+def test_trains_with_frozen_leaves(toy, one_device):
+    tx = train.optimizer("adamw", 1e-2, clip_norm=1.0, no_decay=("bias",))
+    trainer = train.Trainer(toy.trainable(tx=tx), mesh=one_device)
+    assert int(trainer.fit(toy.batches, steps=2).state.step) == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: train.optimizer("adamW", 0.1), "found 'adamW'.*did you mean 'adamw'"),
+        (lambda: train.optimizer("sgd", 0.1, b1=0.9), "'sgd' takes no 'b1', only"),
+        (lambda: train.optimizer("sgd", 0.1, no_decay=("b",)), "has no weight decay"),
+        (lambda: train.optimizer("sgd", 0.1, clip_norm=0.0), "wants a positive norm"),
+        (lambda: train.schedule("cosine"), "found 'cosine', wanted one of"),
+        (lambda: train.schedule("linear", peak=1.0), "'linear' wants 'steps'"),
+        (
+            lambda: train.schedule("linear", peak=1.0, steps=5, warmup_steps=5),
+            "wants 0 <= warmup_steps < steps",
+        ),
+        (
+            lambda: train.optimizer("adamw", 0.1, no_decay=("norm",)).init(PARAMS),
+            "no_decay pattern 'norm' matches none of the 2 trained leaves",
+        ),
+    ],
+)
+def test_bad_names_and_options(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

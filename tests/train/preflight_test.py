@@ -1,0 +1,176 @@
+import dataclasses
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from mtl_jax import train
+from mtl_jax.train import preflight as preflight_fn
+
+L, D, H = 3, 128, 256
+
+
+def init(key):
+    return {
+        "blocks": {
+            "up": 0.02 * jax.random.normal(key, (L, D, H)),
+            "down": jnp.zeros((L, H, D)),
+        },
+        "head": jnp.zeros((D, 10)),
+    }
+
+
+def loss(params, batch, key):
+    del key
+
+    @jax.checkpoint
+    def block(x, w):
+        return x + jnp.tanh(x @ w["up"]) @ w["down"], None
+
+    x = jax.lax.scan(block, batch["x"], params["blocks"])[0]
+    logits = x @ params["head"]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    return losses.mean(), {}
+
+
+TRAINABLE = train.Trainable(
+    init=init,
+    loss_fn=loss,
+    tx=optax.adamw(1e-3),
+    rules=(("blocks", P(None, "data")), (".*", P())),
+)
+NUM_PARAMS = 2 * L * D * H + D * 10
+
+
+def batch(size):
+    return {
+        "x": jax.ShapeDtypeStruct((size, D), jnp.float32),
+        "label": jax.ShapeDtypeStruct((size,), jnp.int32),
+    }
+
+
+def flops(size):
+    """Forward 2 products a block, remat 1 more, backward 4; the head 3."""
+    return 2 * size * D * (L * H * 7 + 10 * 3)
+
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+
+
+@pytest.mark.tpu
+@needs_libtpu
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v5e:2x2"])
+def test_a_small_step_fits(topology):
+    report = train.preflight(TRAINABLE, batch(64), topology=topology)
+    devices = {"v5e:1x1": 1, "v5e:2x2": 4}[topology]
+    assert report.fits and report.error is None
+    assert report.num_devices == devices
+    assert report.mesh == {"data": devices, "model": 1}
+    assert report.num_params == NUM_PARAMS
+    assert (report.flops, report.while_loops) == (flops(64), 0)
+    # Parameters and two moments of blocks are split, those of the head are not.
+    state = 3 * 4 * (2 * L * D * H // devices + D * 10)
+    assert state <= report.hbm_arguments <= 1.2 * state + 2**18
+    assert report.hbm_aliased >= 0.9 * state
+    assert report.hbm_needed < report.hbm_available == 16 * 2**30
+    if devices == 1:
+        assert report.collectives == ()
+    else:
+        shapes = {c.shape for c in report.collectives if c.kind == "all-gather"}
+        assert (L, D, H) not in shapes and (L, H, D) not in shapes
+        assert any(c.in_loop for c in report.collectives)
+    text = report.to_text()
+    assert "verdict      FITS" in text and f"{NUM_PARAMS:,} parameters" in text
+    assert json.loads(json.dumps(report.to_dict()))["flops"] == flops(64)
+
+
+@pytest.mark.tpu
+@needs_libtpu
+def test_a_step_that_does_not_fit_is_reported_with_both_numbers():
+    report = train.preflight(TRAINABLE, batch(2**24), topology="v5e:1x1")
+    assert not report.fits
+    assert "RESOURCE_EXHAUSTED" in report.error
+    assert report.hbm_needed > report.hbm_available
+    assert report.hbm_available < 16 * 2**30
+    assert report.flops == flops(2**24)
+    assert "DOES NOT FIT" in report.to_text()
+
+
+@pytest.mark.tpu
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"topology": "v9:2x2"}, "found topology 'v9:2x2', wanted a form such as"),
+        ({"topology": "v5e:3x5"}, "found topology 'v5e:3x5', wanted a form such as"),
+        ({"topology": "v5e:2x2", "mesh": {"model": 3}}, "a multiple of 3 devices"),
+    ],
+)
+def test_bad_topologies_and_meshes(options, message):
+    with pytest.raises(ValueError, match=message):
+        train.preflight(TRAINABLE, batch(64), **options)
+
+
+@pytest.mark.tpu
+@needs_libtpu
+def test_batch_must_divide():
+    with pytest.raises(ValueError, match="'label' has 6 examples"):
+        train.preflight(TRAINABLE, batch(6), topology="v5e:2x2")
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("topology", ["v5e", "v5e:4", "v5e:4x", "4x4", ""])
+def test_malformed_topologies_need_no_compiler(topology, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="wanted a form such as v5e:4x4"):
+        train.preflight(TRAINABLE, batch(64), topology=topology)
+
+
+@pytest.mark.fast
+def test_missing_compiler_is_said_plainly(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install libtpu"):
+        train.preflight(TRAINABLE, batch(64))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("temporaries (28.50G) exceeds available HBM (15.75G)", (28.5, 15.75)),
+        ("memory space hbm. Used 40.25G of 15.75G hbm. Exceeded", (40.25, 15.75)),
+        ("temporaries (512.00M) exceeds available HBM (256.0M)", (0.5, 0.25)),
+    ],
+)
+def test_memory_numbers_of_the_compiler(text, numbers):
+    import sys
+
+    module = sys.modules["mtl_jax.train.preflight"]
+    assert module._needed(text) == tuple(int(n * 2**30) for n in numbers)
+    assert module._needed("something else") == (None, None)
+
+
+@pytest.mark.fast
+def test_lower_bounds_and_unknown_sizes_show_in_the_text():
+    report = train.PreflightReport(
+        topology="v5e:1x1",
+        device_kind="TPU",
+        num_devices=1,
+        mesh={"data": 1},
+        batch_size=8,
+        num_params=3,
+        fits=False,
+        flops=10,
+        while_loops=1,
+        error="RESOURCE_EXHAUSTED",
+    )
+    text = report.to_text()
+    assert "at least 10" in text and "unknown needed of unknown" in text
+    assert dataclasses.replace(report, while_loops=0).to_text().count("at least") == 0
+    assert callable(preflight_fn)
