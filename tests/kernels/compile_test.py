@@ -1,0 +1,27 @@
+import os
+
+import pytest
+
+from mtl_jax import kernels
+
+pytestmark = pytest.mark.tpu
+
+
+@pytest.fixture(scope="module")
+def topology():
+    pytest.importorskip("libtpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    return lambda name: topologies.get_topology_desc(name, "tpu")
+
+
+@pytest.mark.parametrize("chip", ["v4:2x2x1", "v5e:2x2", "v6e:2x2"])
+@pytest.mark.parametrize("name", sorted(kernels.list_kernels()))
+def test_kernels_compile_ahead_of_time(name, chip, topology):
+    compiled = kernels.list_kernels()[name](topology(chip))
+    assert compiled
+    for program in compiled.values():
+        assert "custom-call" in program.as_text()
