@@ -147,7 +147,10 @@ def _overrides(extra: Sequence[str]) -> dict[str, str]:
 
 
 def _use_cpu_if_alone() -> None:
-    """Keeps JAX from probing for a TPU (and complaining) where there is none."""
+    """Keeps JAX from probing for a TPU (and complaining) where there is none.
+
+    Call it before JAX is imported, which reads the variable.
+    """
     accelerators = ("/dev/accel0", "/dev/vfio/0", "/dev/nvidiactl", "/dev/kfd")
     if sys.platform == "linux" and not any(map(os.path.exists, accelerators)):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -181,11 +184,11 @@ def _workdir(name: str) -> Iterator[str]:
 
 
 def _run(args: argparse.Namespace, extra: Sequence[str]) -> int:
+    _use_cpu_if_alone()
     from mtl_jax import configs
 
     config = configs.load_config(args.config, _overrides(extra))
     path, variant = configs.split_spec(args.config)
-    _use_cpu_if_alone()
     from mtl_jax import run as runner
     from mtl_jax.report.progress import Progress
 
@@ -209,11 +212,11 @@ def _mesh(text: str | None) -> dict[str, int] | None:
 
 
 def _preflight(args: argparse.Namespace, extra: Sequence[str]) -> int:
+    _use_cpu_if_alone()
     from mtl_jax import configs
 
     mesh = _mesh(args.mesh)
     config = configs.load_config(args.config, _overrides(extra))
-    _use_cpu_if_alone()
     from mtl_jax import run as runner
 
     result = runner.preflight(config, topology=args.topology, mesh=mesh)
@@ -298,6 +301,7 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
+    _use_cpu_if_alone()
     from etils import epath
 
     from mtl_jax import report

@@ -45,12 +45,12 @@ rm -rf mtl_jax && mkdir mtl_jax && tar -xzf mtl_jax.tar.gz -C mtl_jax
 cd mtl_jax
 "$HOME/mtl_jax_env/bin/pip" install --quiet -e '.[demo,tpu]'
 
-# Endpoints look like name:port:address,name:port:address; worker 0 coordinates.
+# Endpoints are hosts, or name:id:address; worker 0 coordinates.
 endpoints="$(metadata worker-network-endpoints)"
 IFS=, read -r -a workers <<<"$endpoints"
 export MTL_JAX_NUM_PROCESSES="${#workers[@]}"
 export MTL_JAX_PROCESS_ID="$(metadata agent-worker-number)"
-export MTL_JAX_COORDINATOR="$(cut -d: -f3 <<<"${workers[0]}"):8476"
+export MTL_JAX_COORDINATOR="${workers[0]##*:}:8476"
 exec "$HOME/mtl_jax_env/bin/mtl-jax" "$@"
 WORKER
 

@@ -33,6 +33,8 @@ _SCHEMA = 1
 
 def _plain(value: Any) -> Any:
     """What JSON can hold; other objects as text, non-finite floats too."""
+    if hasattr(value, "to_dict"):  # A ConfigDict is not a Mapping.
+        value = value.to_dict()
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -69,7 +71,7 @@ class Report:
         title: str,
         intro: str = "",
         *,
-        config: Mapping[str, Any] | None = None,
+        config: Mapping[str, Any] | Any = None,
         environment: Mapping[str, str] | None = None,
     ):
         """Starts an empty report.
@@ -77,12 +79,13 @@ class Report:
         Args:
           title: heading of the page.
           intro: paragraphs below it, separated by blank lines.
-          config: the resolved configuration of the run, shown at the end.
+          config: the resolved configuration of the run (a mapping or a ConfigDict),
+            shown at the end.
           environment: what it was measured on; None records the present one.
         """
         self.title = title
         self.intro = intro
-        self.config = dict(config or {})
+        self.config = {} if config is None else _plain(config)
         self.environment = (
             current_environment() if environment is None else dict(environment)
         )
@@ -129,7 +132,7 @@ class Report:
             "title": self.title,
             "intro": self.intro,
             "sections": self.sections,
-            "config": _plain(self.config),
+            "config": self.config,
             "environment": dict(self.environment),
         }
 

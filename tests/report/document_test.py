@@ -4,6 +4,7 @@ import pathlib
 import re
 
 import pytest
+from ml_collections import ConfigDict
 
 from mtl_jax import report
 
@@ -87,6 +88,12 @@ def test_unwritable_directory(made, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
         made.write(tmp_path / "file" / "report")
+
+
+def test_config_may_be_a_config_dict():
+    config = ConfigDict({"a": {"b": 1, "c": (1, float("nan"))}})
+    found = report.Report("t", config=config, environment={})
+    assert found.to_json()["config"] == {"a": {"b": 1, "c": [1, "nan"]}}
 
 
 def test_print_shows_the_tables(made, capsys):
