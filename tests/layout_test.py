@@ -3,6 +3,7 @@
 import ast
 import functools
 import importlib
+import inspect
 import pathlib
 import re
 import sys
@@ -48,14 +49,22 @@ FORBIDDEN_IMPORTS = ("jax._src", "tensorflow", "torch", "keras")
 FORBIDDEN_CALLS = {"pmap", "jax.pmap", "pickle.load", "pickle.loads", "torch.load"}
 # Test folders that cut across the package instead of mirroring it.
 CROSSCUTTING = {"conformance", "sharding", "integration", "reference"}
-ROOT_TESTS = {"layout", "import", "readme"}
-
-ids = lambda path: str(path.relative_to(ROOT))  # noqa: E731
+# Files that do: about the package as a whole, or about every kernel at once.
+CROSSCUTTING_FILES = {
+    "layout_test.py",
+    "import_test.py",
+    "readme_test.py",
+    "kernels/compile_test.py",
+}
 
 
 @functools.cache
 def parse(path):
     return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
 
 
 def layer_of(path):
@@ -84,7 +93,7 @@ def imports(path):
             for alias in node.names:
                 yield alias.name
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
+            assert node.level == 0, f"{name_of(path)}: relative import"
             for alias in node.names:
                 yield f"{node.module}.{alias.name}"
 
@@ -98,49 +107,67 @@ def own_layers(path):
             yield ALIASES.get(layer, layer)
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=ids)
-def test_imports_go_one_way(path):
-    layer = layer_of(path)
-    if layer == "__init__":
-        return
-    mine = rank(layer)
-    assert mine is not None, f"{layer}: a new layer needs its place in ORDER"
-    for other in own_layers(path):
-        if other.startswith("__"):
+def test_imports_go_one_way():
+    problems = []
+    for path in PACKAGE:
+        layer = layer_of(path)
+        if layer == "__init__":
             continue
-        assert rank(other) is not None, other
-        assert rank(other) <= mine, f"{layer} must not import {other}"
+        for other in (layer, *own_layers(path)):
+            if other.startswith("__"):
+                continue
+            if rank(other) is None:
+                problems.append(f"{name_of(path)}: {other} has no place in ORDER")
+            elif rank(other) > rank(layer):
+                problems.append(f"{name_of(path)}: {layer} must not import {other}")
+    assert not problems
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=ids)
-def test_pure_layers_import_little(path):
-    if layer_of(path) in PURE:
-        foreign = {name.split(".")[0] for name in imports(path)} - PURE_IMPORTS
-        assert not foreign
+def test_pure_layers_import_little():
+    problems = [
+        f"{name_of(path)}: {name}"
+        for path in PACKAGE
+        if layer_of(path) in PURE
+        for name in imports(path)
+        if name.split(".")[0] not in PURE_IMPORTS
+    ]
+    assert not problems
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=ids)
-def test_systems_stand_alone(path):
-    if layer_of(path) == "systems" and path.stem != "__init__":
-        assert "systems" not in set(own_layers(path))
-        assert len(path.read_text(encoding="utf-8").splitlines()) <= 200
+def test_systems_stand_alone():
+    for path in PACKAGE:
+        if layer_of(path) == "systems" and path.stem != "__init__":
+            assert "systems" not in set(own_layers(path)), name_of(path)
+            length = len(path.read_text(encoding="utf-8").splitlines())
+            assert length <= 200, f"{name_of(path)}: {length} lines"
 
 
-@pytest.mark.parametrize("path", PACKAGE + EXPERIMENTS, ids=ids)
-def test_forbidden_names(path):
-    for name in imports(path):
-        assert not any(
-            name == bad or name.startswith(f"{bad}.") for bad in FORBIDDEN_IMPORTS
-        ), name
-    calls = {dotted(n.func) for n in ast.walk(parse(path)) if isinstance(n, ast.Call)}
-    assert not calls & FORBIDDEN_CALLS
+def test_forbidden_names():
+    problems = []
+    for path in PACKAGE + EXPERIMENTS:
+        problems += [
+            f"{name_of(path)}: imports {name}"
+            for name in imports(path)
+            if any(f"{name}.".startswith(f"{bad}.") for bad in FORBIDDEN_IMPORTS)
+        ]
+        found = calls(path) & FORBIDDEN_CALLS
+        problems += [f"{name_of(path)}: calls {call}" for call in found]
+    assert not problems
 
 
-@pytest.mark.parametrize("path", PACKAGE + TESTS, ids=ids)
-def test_file_is_named_for_what_it_holds(path):
-    stem = path.stem.strip("_").removesuffix("_test")
-    assert stem not in FORBIDDEN_FILES
-    assert re.fullmatch(r"[a-z0-9_]+", path.stem)
+def calls(path):
+    return {dotted(n.func) for n in ast.walk(parse(path)) if isinstance(n, ast.Call)}
+
+
+def test_tests_do_not_wait():
+    assert not [name_of(path) for path in TESTS if "time.sleep" in calls(path)]
+
+
+def test_files_are_named_for_what_they_hold():
+    for path in PACKAGE + TESTS:
+        stem = path.stem.strip("_").removesuffix("_test")
+        assert stem not in FORBIDDEN_FILES, name_of(path)
+        assert re.fullmatch(r"[a-z0-9_]+", path.stem), name_of(path)
 
 
 def code_lines(function):
@@ -152,53 +179,53 @@ def code_lines(function):
     return length
 
 
-@pytest.mark.parametrize("path", PACKAGE + TESTS, ids=ids)
-def test_lengths(path):
-    limit = 400 if path in PACKAGE else 600
-    lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= limit, f"{lines} lines, at most {limit}"
-    if path in PACKAGE:
-        for node in ast.walk(parse(path)):
+def test_lengths():
+    problems = []
+    for path in PACKAGE + TESTS:
+        limit = 400 if path in PACKAGE else 600
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        if lines > limit:
+            problems.append(f"{name_of(path)}: {lines} lines, at most {limit}")
+        for node in ast.walk(parse(path)) if path in PACKAGE else ():
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                found = code_lines(node)
-                assert found <= 60, f"{node.name}: {found} lines without docstring"
+                lines = code_lines(node)
+                if lines > 60:
+                    problems.append(f"{name_of(path)}: {node.name} has {lines} lines")
+    assert not problems
 
 
-@pytest.mark.parametrize("path", TESTS, ids=ids)
-def test_tests_mirror_the_package(path):
+def mirrors(path):
+    """Whether a test file has a module or package of its name beside it."""
     inside = path.relative_to(ROOT / "tests")
-    assert path.name != "__init__.py", "tests are not a package"
-    if path.name == "conftest.py" or inside.parts[0] in CROSSCUTTING:
-        return
-    assert path.name.endswith("_test.py")
-    stem = path.name.removesuffix("_test.py")
-    if len(inside.parts) == 1 and stem in ROOT_TESTS:
-        return
+    if str(inside) in CROSSCUTTING_FILES or inside.parts[0] in CROSSCUTTING:
+        return True
     folder = ROOT / "mtl_jax" / inside.parent
-    assert folder.is_dir(), f"no package {folder.relative_to(ROOT)}"
-    here = {p.stem.removeprefix("_") for p in folder.iterdir()}
-    here |= {p.stem.removeprefix("_") for p in folder.glob("*/*.py")}
+    if not path.name.endswith("_test.py") or not folder.is_dir():
+        return False
+    stem = path.name.removesuffix("_test.py")
+    files = [*folder.iterdir(), *folder.glob("*/*.py")]
+    names = {file.stem.removeprefix("_") for file in files} - {""}
     # `ties_edge_cases_test.py` may share out what is tested of `_ties.py`.
-    assert any(stem == name or stem.startswith(f"{name}_") for name in here - {""}), (
-        f"nothing in {folder.relative_to(ROOT)} is called {stem}"
-    )
+    return any(stem == name or stem.startswith(f"{name}_") for name in names)
 
 
-@pytest.mark.parametrize("path", TESTS, ids=ids)
-def test_tests_do_not_wait(path):
-    calls = {dotted(n.func) for n in ast.walk(parse(path)) if isinstance(n, ast.Call)}
-    assert "time.sleep" not in calls
+def test_tests_mirror_the_package():
+    files = [path for path in TESTS if path.name != "conftest.py"]
+    assert not [name_of(path) for path in files if path.name == "__init__.py"]
+    assert not [name_of(path) for path in files if not mirrors(path)]
 
 
+@functools.cache
 def exported():
+    """Pairs of a module's path and a name in its `__all__`."""
+    found = []
     for path in PACKAGE:
         for node in parse(path).body:
             match node:
                 case ast.Assign(targets=[ast.Name(id="__all__")], value=value):
-                    if path == ROOT / "mtl_jax/__init__.py":
-                        continue
-                    for name in ast.literal_eval(value):
-                        yield path, name
+                    if path != ROOT / "mtl_jax/__init__.py":
+                        found += [(path, name) for name in ast.literal_eval(value)]
+    return found
 
 
 def module_name(path):
@@ -206,30 +233,33 @@ def module_name(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-@pytest.mark.parametrize(
-    ("path", "name"), list(exported()), ids=lambda v: v if isinstance(v, str) else ""
-)
-def test_public_names_exist_and_are_documented(path, name):
-    module = importlib.import_module(module_name(path))
-    value = getattr(module, name)
-    if callable(value) or isinstance(value, type(ast)):
-        doc = value.__doc__ or ""
-        assert len(doc.split()) >= 3, f"{module.__name__}.{name}"
+def test_public_names_exist_and_are_documented():
+    problems = []
+    for path, name in exported():
+        value = getattr(importlib.import_module(module_name(path)), name)
+        documented = callable(value) or inspect.ismodule(value)
+        if documented and len((value.__doc__ or "").split()) < 3:
+            problems.append(f"{module_name(path)}.{name}")
+    assert not problems
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=ids)
-def test_every_module_says_what_it_is(path):
-    assert ast.get_docstring(parse(path))
+def test_every_module_says_what_it_is():
+    assert not [name_of(p) for p in PACKAGE if not ast.get_docstring(parse(p))]
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in PACKAGE if layer_of(p) == "transforms"], ids=ids
-)
-def test_public_transforms_have_a_doctest(path):
-    tree = parse(path)
-    public = {name for where, name in exported() if where == path}
-    if path.stem == "__init__":
-        return
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and node.name in public:
-            assert ">>>" in (ast.get_docstring(node) or ""), f"{node.name}: no doctest"
+def test_public_transforms_have_a_doctest():
+    problems = []
+    for path in PACKAGE:
+        if layer_of(path) != "transforms" or path.stem == "__init__":
+            continue
+        public = {name for where, name in exported() if where == path}
+        for package, name in exported():
+            if package == path.with_name("__init__.py"):
+                public.add(name)
+        functions = [n for n in parse(path).body if isinstance(n, ast.FunctionDef)]
+        problems += [
+            f"{name_of(path)}: {node.name}"
+            for node in functions
+            if node.name in public and ">>>" not in (ast.get_docstring(node) or "")
+        ]
+    assert not problems
