@@ -1,10 +1,13 @@
 """Synthetic multi-task data with known ground truth, as pure functions of keys."""
 
+import functools
+import math
 from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _HIDDEN = 64
 _SPREAD = 1.2
@@ -41,6 +44,13 @@ class WorldTask(NamedTuple):
     bias: chex.Array
 
 
+def _normals(key: chex.PRNGKey, *shapes: tuple[int, ...]) -> list[chex.Array]:
+    """Standard normals of several shapes from one draw, which compiles once."""
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    parts = jnp.split(jax.random.normal(key, (int(ends[-1]),)), ends[:-1])
+    return [x.reshape(shape) for x, shape in zip(parts, shapes, strict=True)]
+
+
 def make_world(
     key: chex.PRNGKey, *, latent: int = 16, inputs: int = 48, features: int = 32
 ) -> World:
@@ -55,35 +65,32 @@ def make_world(
     Returns:
       A `World` of float32 arrays.
     """
-    k1, k2, k3 = jax.random.split(key, 3)
-    return World(
-        mix=jax.random.normal(k1, (latent, _HIDDEN)),
-        render=jax.random.normal(k2, (_HIDDEN, inputs)) / 8,
-        text=jax.random.normal(k3, (latent, features)) / jnp.sqrt(float(latent)),
+    mix, render, text = _normals(
+        key, (latent, _HIDDEN), (_HIDDEN, inputs), (latent, features)
     )
+    return World(mix=mix, render=render / 8, text=text / latent**0.5)
 
 
 def _make_task(
     key: chex.PRNGKey, world: World, rho: chex.Array, classes: int
 ) -> WorldTask:
-    k1, k2, k3 = jax.random.split(key, 3)
     latent, inputs = world.mix.shape[0], world.render.shape[1]
-    centres = _SPREAD * jax.random.normal(k1, (classes, latent))
+    centres, gauss, bias = _normals(key, (classes, latent), (inputs, inputs), (inputs,))
+    centres = _SPREAD * centres
     embedded = jnp.dot(centres, world.text, precision="highest")
     norms = jnp.linalg.norm(embedded, axis=-1, keepdims=True)
-    gauss = jax.random.normal(k2, (inputs, inputs))
-    skew = rho * (gauss - gauss.T) / jnp.sqrt(float(inputs))
+    skew = rho * (gauss - gauss.T) / inputs**0.5
     q, r = jnp.linalg.qr(jnp.eye(inputs) + skew)
     return WorldTask(
         centres=centres,
         head=(_HEAD_NORM * embedded / norms).T,
         shift=q * jnp.where(jnp.diag(r) < 0, -1.0, 1.0)[None, :],
-        bias=0.5 * rho * jax.random.normal(k3, (inputs,)),
+        bias=0.5 * rho * bias,
     )
 
 
 def make_tasks(
-    key: chex.PRNGKey, world: World, *, tasks: int, rho: float, classes: int = 10
+    key: chex.PRNGKey, world: World, *, rho: chex.Array, classes: int = 10
 ) -> WorldTask:
     r"""Draws T tasks whose inputs are shifted by `rho` from the world's own domain.
 
@@ -93,8 +100,7 @@ def make_tasks(
     Args:
       key: typed PRNG key.
       world: the shared part.
-      tasks: T.
-      rho: strength of the domain shift; 0 gives none at all.
+      rho: [T], strength of each task's domain shift; 0 gives none at all.
       classes: C.
 
     Returns:
@@ -103,8 +109,11 @@ def make_tasks(
     Differs: the orthogonal factor has the sign that makes R's diagonal positive, so
       that it tends to the identity as rho does to zero, on every backend.
     """
-    return jax.vmap(lambda k: _make_task(k, world, jnp.float32(rho), classes))(
-        jax.random.split(key, tasks)
+    rho = jnp.asarray(rho, jnp.float32)
+    if rho.ndim != 1:
+        raise ValueError(f"make_tasks: rho has shape {rho.shape}, wanted (tasks,)")
+    return jax.vmap(lambda k, r: _make_task(k, world, r, classes))(
+        jax.random.split(key, rho.size), rho
     )
 
 
@@ -129,9 +138,10 @@ def sample(
 
     def one(key, task):
         k1, k2 = jax.random.split(key)
-        label = jax.random.randint(k1, (rows,), 0, classes)
+        # The bias of a remainder of 32 random bits is below classes / 2^32.
+        label = (jax.random.bits(k1, (rows,)) % jnp.uint32(classes)).astype(jnp.int32)
         u = task.centres[label] + jax.random.normal(k2, (rows, latent))
-        u = jnp.dot(u, world.mix, precision="highest") / jnp.sqrt(float(latent))
+        u = jnp.dot(u, world.mix, precision="highest") / latent**0.5
         x = jnp.dot(2 * jnp.tanh(u), world.render, precision="highest")
         x = jnp.dot(x, task.shift, precision="highest") + task.bias[None, :]
         return {"inputs": x, "label": label}
@@ -159,6 +169,10 @@ class ZeroShotWorld(NamedTuple):
     test: dict[str, chex.Array]
 
 
+@functools.partial(
+    jax.jit,
+    static_argnames=("tasks", "pretrain_tasks", "pretrain_rho", "target_rho", "sizes"),
+)
 def zero_shot_world(
     key: chex.PRNGKey,
     *,
@@ -185,16 +199,24 @@ def zero_shot_world(
     Returns:
       A `ZeroShotWorld`.
     """
-    keys = jax.random.split(key, 6)
-    world = make_world(keys[0])
-    targets = make_tasks(keys[2], world, tasks=tasks, rho=target_rho)
+    k1, k2, k3 = jax.random.split(key, 3)
+    world = make_world(k1)
+    rho = jnp.repeat(
+        jnp.array([pretrain_rho, target_rho]),
+        np.array([pretrain_tasks, tasks]),
+        total_repeat_length=pretrain_tasks + tasks,
+    )
+    drawn = make_tasks(k2, world, rho=rho)
+    targets = jax.tree.map(lambda x: x[pretrain_tasks:], drawn)
+    rows = sample(k3, world, targets, rows=sum(sizes))
+    ends = np.cumsum(sizes)
     train, validation, test = (
-        sample(k, world, targets, rows=rows)
-        for k, rows in zip(keys[3:], sizes, strict=True)
+        jax.tree.map(lambda x, i=int(end - size), j=int(end): x[:, i:j], rows)
+        for size, end in zip(sizes, ends, strict=True)
     )
     return ZeroShotWorld(
         world=world,
-        pretrain=make_tasks(keys[1], world, tasks=pretrain_tasks, rho=pretrain_rho),
+        pretrain=jax.tree.map(lambda x: x[:pretrain_tasks], drawn),
         targets=targets,
         train=train,
         validation=validation,

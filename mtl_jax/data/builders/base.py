@@ -65,7 +65,8 @@ class TaskBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _split_generators(self, dl_manager):
         del dl_manager
-        bounded = self.task.kind == "text" and self.builder_config.name != "full"
+        config = self.builder_config
+        bounded = self.task.kind == "text" and not (config and config.name == "full")
         table = splits.assign(self.rows(), TEXT_LIMIT if bounded else None)
         return {name: self._generate_examples(rows) for name, rows in table.items()}
 

@@ -30,6 +30,6 @@ class MtlDigits(TaskBuilder):
         """Every digit."""
         from sklearn import datasets
 
-        data = datasets.load_digits()
-        for image, label in zip(data.images, data.target, strict=True):
+        flat, labels = datasets.load_digits(return_X_y=True)
+        for image, label in zip(flat.reshape(-1, 8, 8), labels, strict=True):
             yield image_row(enlarge(image), int(label))
