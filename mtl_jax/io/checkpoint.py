@@ -5,8 +5,10 @@ the name, shape and dtype of every leaf and a checksum of its bits, so that a tr
 another shape is refused by name before anything is read, and damaged data after.
 """
 
+import gc
 import math
 import re
+import sys
 from types import TracebackType
 from typing import Any
 
@@ -115,6 +117,7 @@ class Checkpointer:
             )
         note = self._note(step)
         self._compare(step, note["leaves"], like)
+        failure, restored = None, {}
         try:
             restored = self._manager.restore(
                 step,
@@ -123,7 +126,10 @@ class Checkpointer:
                 ),
             )
         except Exception as error:  # Orbax and tensorstore raise many kinds.
-            raise self._damaged(step, error, like) from error
+            failure = str(error)
+        if failure is not None:
+            _drop_unfinished_reads()
+            raise self._damaged(step, failure, like)
         tree = jax.tree.map(
             lambda x, read: jnp.zeros(x.shape, x.dtype) if read is None else read,
             like,
@@ -196,10 +202,21 @@ class Checkpointer:
             if re.search(rf"\b{re.escape(name.replace('/', '.'))}\b", text)
         ]
         named = f" at {max(hits, key=len)!r}" if hits else ""
+        reason = text.split(". See full TensorStore")[0][:300]
         return ValueError(
             f"restore: checkpoint {self.directory / str(step)} is damaged{named}: "
-            f"{text[:300]}; delete that folder to go on from the one before it"
+            f"{reason}; delete that folder to go on from the one before it"
         )
+
+
+def _drop_unfinished_reads() -> None:
+    """Frees the reads a failed restore left behind, which complain when they go."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda unraisable: None
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
 
 
 def checksums(tree: Any) -> dict[str, int]:

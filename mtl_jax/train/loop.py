@@ -2,7 +2,7 @@
 
 import collections
 import contextlib
-import logging
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,7 +26,6 @@ Progress = Callable[[int, int, dict[str, float]], None]
 EvalFn = Callable[[chex.ArrayTree], dict[str, float]]
 
 _IN_FLIGHT = 2  # Steps the host runs ahead of the metrics it has read.
-_log = logging.getLogger(__name__)
 
 
 class FitResult(NamedTuple):
@@ -296,7 +295,8 @@ class _Run:
             self.checkpoints.wait()
         if number and not last:
             error = Interrupted(number, done)
-            _log.warning("%s", error)
+            if jax.process_index() == 0:
+                sys.stderr.write(f"{error}\n")
             raise error
 
     def agreed(self, received: int | None, done: int) -> int:

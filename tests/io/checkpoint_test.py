@@ -44,12 +44,10 @@ def like(t):
     return jax.eval_shape(lambda: t)
 
 
-def damage(folder):
-    """Cuts the largest data file of a checkpoint in half."""
+def data_file(folder):
+    """The largest data file of a checkpoint."""
     files = [path for path in folder.rglob("*") if path.is_file() and "d" in path.parts]
-    largest = max(files, key=lambda path: path.stat().st_size)
-    content = largest.read_bytes()
-    largest.write_bytes(content[: len(content) // 2])
+    return max(files, key=lambda path: path.stat().st_size)
 
 
 def test_round_trip_keeps_every_bit_and_the_meta_data(tmp_path):
@@ -134,13 +132,29 @@ def test_cut_data_are_damaged_and_the_one_before_still_reads(tmp_path):
         checkpoints.save(1, tree(1))
         checkpoints.save(2, tree(2))
         checkpoints.wait()
-        damage(tmp_path / "2")
-        with pytest.raises(ValueError, match=r"checkpoint .*/2 is damaged.*delete"):
+        file = data_file(tmp_path / "2")
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        with pytest.raises(
+            ValueError, match=r"checkpoint .*/2 is damaged at 'params/kernel'.*delete"
+        ):
             checkpoints.restore(like(tree()))
         assert_equal(checkpoints.restore(like(tree()), 1), tree(1))
         shutil.rmtree(tmp_path / "2")
     with Checkpointer(tmp_path) as checkpoints:
         assert checkpoints.latest() == 1
+
+
+def test_one_changed_bit_is_noticed(tmp_path):
+    value = {"w": jax.random.normal(jax.random.key(0), (4000,))}
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(0, value)
+        checkpoints.wait()
+        file = data_file(tmp_path / "0")
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 8
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="is damaged.*'w'"):
+            checkpoints.restore(like(value))
 
 
 def test_missing_manifest(tmp_path):
