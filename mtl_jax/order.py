@@ -11,13 +11,18 @@ the order of |x|, also for denormal numbers, which a comparison of floats may fl
 zero. Every result is exact and the same on every platform and for every sharding.
 """
 
-from typing import Any, NamedTuple
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 _ALL = 0xFFFFFFFF
 _HIGH, _LOW = 1 << 16, 1 << 15
+_SLICE = 1 << 15
+Lines = Literal["tasks", "whole", "rows"]
 
 
 class Cutoff(NamedTuple):
@@ -57,22 +62,13 @@ def magnitude_bits(x: jax.Array) -> jax.Array:
     return bits & jnp.uint32(0x7FFFFFFF)
 
 
-def _index(shape: tuple[int, ...], rows: bool) -> jax.Array:
-    """Row-major index of every entry, uint32; an iota, never stored when fused."""
-    if not shape:
-        return jnp.zeros((), jnp.uint32)
-    index = jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
-    if rows:
-        return index
-    stride = shape[-1]
-    for axis in reversed(range(len(shape) - 1)):
-        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
-        stride *= shape[axis]
+def _index(shape: tuple[int, ...], first: int) -> jax.Array:
+    """Row-major index over the axes from `first` on; not stored where it fuses."""
+    index = jnp.zeros(shape, jnp.uint32)
+    for axis in range(first, len(shape)):
+        stride = jnp.uint32(math.prod(shape[axis + 1 :]))
+        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
     return index
-
-
-def _against(bound: jax.Array, like: jax.Array) -> jax.Array:
-    return jnp.broadcast_to(bound, like.shape)
 
 
 def reaches(x: jax.Array, cutoff: Cutoff) -> jax.Array:
@@ -86,124 +82,248 @@ def reaches(x: jax.Array, cutoff: Cutoff) -> jax.Array:
       bool of the shape of `x`.
     """
     bits = magnitude_bits(x)
-    rows = jnp.ndim(cutoff.bits) > 0
-    edge, limit = _against(cutoff.bits, bits), _against(cutoff.limit, bits)
-    return (bits > edge) | ((bits == edge) & (_index(x.shape, rows) < limit))
+    edge = jnp.broadcast_to(cutoff.bits, x.shape)
+    limit = jnp.broadcast_to(cutoff.limit, x.shape)
+    index = _index(x.shape, x.ndim - 1 if jnp.ndim(cutoff.bits) else 0)
+    return (bits > edge) | ((bits == edge) & (index < limit))
+
+
+class _Edge(NamedTuple):
+    """The k-th largest bits, how many of its equals are wanted and how many exist.
+
+    One of each per *line*. The lines of a task tree are its tasks, [T], which run over
+    all its leaves; a whole tree is one line, [1]; the rows of an array are [..., 1].
+    """
+
+    bits: jax.Array
+    need: jax.Array
+    equal: jax.Array
+
+
+def _by_line(x: jax.Array, lines: Lines) -> jax.Array:
+    return x[None] if lines == "whole" else x
+
+
+def _spread(values: jax.Array, x: jax.Array, rows: bool) -> jax.Array:
+    """One value per line, repeated for each entry of the line."""
+    if not rows:
+        values = values.reshape(-1, *(1,) * (x.ndim - 1))
+    return jnp.broadcast_to(values, x.shape)
 
 
 def _count(keep: jax.Array, rows: bool) -> jax.Array:
     if rows:
         return jnp.sum(keep, axis=-1, keepdims=True, dtype=jnp.uint32)
-    return jnp.sum(keep, dtype=jnp.uint32)
+    return jnp.sum(keep, axis=tuple(range(1, keep.ndim)), dtype=jnp.uint32)
 
 
-def _total(leaves: list[jax.Array], rows: bool, test: Any) -> jax.Array:
-    """Number of entries over all leaves (or in each row) that pass the test."""
-    counts = [_count(test(bits), rows) for bits in leaves]
-    return sum(counts[1:], counts[0])
-
-
-def _bisect(leaves: list[jax.Array], k: jax.Array, rows: bool) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=2)
+def _bisect(leaves: list[jax.Array], k: jax.Array, lines: Lines) -> _Edge:
     """Largest v such that at least k entries are >= v, bit by bit: 31 counts."""
+    rows, leaves = lines == "rows", [_by_line(x, lines) for x in leaves]
+
+    def count(test: Callable[..., jax.Array], v):
+        return sum(
+            _count(test(magnitude_bits(x), _spread(v, x, rows)), rows) for x in leaves
+        )
 
     def decide(i, v):
         trial = v | (jnp.uint32(1 << 30) >> i.astype(jnp.uint32))
-        enough = _total(leaves, rows, lambda bits: bits >= _against(trial, bits)) >= k
-        return jnp.where(enough, trial, v)
+        return jnp.where(count(jnp.greater_equal, trial) >= k, trial, v)
 
-    return jax.lax.fori_loop(0, 31, decide, jnp.zeros_like(k))
-
-
-def _last_reaching(histogram: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Largest bin such that it and those above hold k, and the count above it."""
-    total = jnp.cumsum(histogram[::-1], dtype=jnp.uint32)[::-1]
-    chosen = jnp.sum(total >= k, dtype=jnp.uint32) - jnp.uint32(1)
-    above = jnp.append(total, jnp.uint32(0))[chosen + jnp.uint32(1)]
-    return chosen, above
+    bits = jax.lax.fori_loop(0, 31, decide, jnp.zeros_like(k))
+    return _Edge(bits, k - count(jnp.greater, bits), count(jnp.equal, bits))
 
 
-def _radix(leaves: list[jax.Array], k: jax.Array) -> jax.Array:
-    """The same v from two histograms, of the high 16 and of the low 15 bits."""
+def _num_slices(x: jax.Array) -> int:
+    """In how many equal slices to read each line of a leaf [T, ...].
 
-    def histogram(num_bins, place):
-        counts = jnp.zeros(num_bins, jnp.uint32)
-        for bits in leaves:
-            counts = counts.at[place(bits)].add(jnp.uint32(1), mode="drop")
-        return counts
-
-    high, above = _last_reaching(histogram(_HIGH, lambda bits: bits >> 15), k)
-
-    def low_bin(bits):
-        low = bits & jnp.uint32(_LOW - 1)
-        return jnp.where(bits >> 15 == high, low, jnp.uint32(_LOW))
-
-    low, _ = _last_reaching(histogram(_LOW, low_bin), k - above)
-    return (high << 15) | low
+    Scatters and counts on a CPU keep their operands in memory, so a whole leaf at once
+    costs copies of it, and slices that fit in cache are faster too. Slices of the flat
+    view would gather a sharded leaf; but where there is one device nothing is sharded.
+    """
+    length = math.prod(x.shape[1:])
+    least = length // _SLICE
+    if least < 2 or jax.device_count() > 1:
+        return 1
+    return next((s for s in range(least, 64 * least) if length % s == 0), 1)
 
 
-def _limits(
-    leaves: list[jax.Array], edge: jax.Array, need: list[jax.Array], rows: bool
-) -> list[jax.Array]:
-    """Smallest limits below which each leaf has `need` entries equal to the edge."""
-
-    def decide(i, below):
-        step = jnp.uint32(1 << 31) >> i.astype(jnp.uint32)
-        out = []
-        for bits, least, wanted in zip(leaves, below, need, strict=True):
-            trial = least | step
-            hit = (bits == _against(edge, bits)) & (
-                _index(bits.shape, rows) < _against(trial, bits)
-            )
-            out.append(jnp.where(_count(hit, rows) < wanted, trial, least))
-        return out
-
-    below = jax.lax.fori_loop(0, 32, decide, [jnp.zeros_like(n) for n in need])
-    return [
-        jnp.where(wanted > 0, least + jnp.uint32(1), jnp.uint32(0))
-        for least, wanted in zip(below, need, strict=True)
-    ]
+def _slice(x: jax.Array, line: jax.Array, part: jax.Array, parts: int) -> jax.Array:
+    if parts == 1:
+        return x[line]
+    width = math.prod(x.shape[1:]) // parts
+    flat = x.reshape(x.shape[0], -1)
+    return jax.lax.dynamic_slice(flat, (line, part * width), (1, width))[0]
 
 
-def _cutoffs(
-    arrays: list[jax.Array], k: Any, rows: bool, zero_ties: bool
-) -> list[Cutoff]:
-    """One cutoff per array, all with the same `bits`, that keep k entries together."""
-    leaves = [magnitude_bits(x) for x in arrays]
-    length = arrays[0].shape[-1] if rows else sum(x.size for x in arrays)
-    if any(x.size > _ALL for x in arrays) or length > _ALL:
-        raise ValueError(
-            f"order statistics count in 32 bits; {length} entries are more"
-        )
-    k = jnp.clip(jnp.asarray(k), 0, length).astype(jnp.uint32)
-    if rows:
-        k = jnp.broadcast_to(k, (*arrays[0].shape[:-1], 1))
-        edge = _bisect(leaves, k, rows)
-    else:
-        edge = jax.lax.platform_dependent(
-            k,
-            *leaves,
-            cpu=lambda k, *leaves: _radix(list(leaves), k),
-            default=lambda k, *leaves: _bisect(list(leaves), k, False),
-        )
-    need = k - _total(leaves, rows, lambda bits: bits > _against(edge, bits))
-    equal = [_count(bits == _against(edge, bits), rows) for bits in leaves]
-    surplus = (need > 0) & (sum(equal[1:], equal[0]) > need)
+@functools.partial(jax.jit, static_argnums=3)
+def _tally(
+    counts: jax.Array, x: jax.Array, high: jax.Array | None, lines: Lines
+) -> jax.Array:
+    """Adds a leaf to a histogram [T, bins] of its high, or its low, bits."""
+    x = _by_line(x, lines)
+    parts, bins = _num_slices(x), counts.shape[1]
+    # One flat axis: a scatter with two indices is several times slower.
+    nowhere = jnp.uint32(counts.size)
+
+    def step(i, counts):
+        line = i // parts
+        bits = magnitude_bits(_slice(x, line, i % parts, parts))
+        start = line.astype(jnp.uint32) * jnp.uint32(bins)
+        if high is None:
+            place = start + (bits >> 15)
+        else:
+            low = start + (bits & jnp.uint32(_LOW - 1))
+            place = jnp.where(bits >> 15 == high[line], low, nowhere)
+        return counts.at[place].add(jnp.uint32(1), mode="drop")
+
+    flat = jax.lax.fori_loop(0, x.shape[0] * parts, step, counts.reshape(-1))
+    return flat.reshape(counts.shape)
+
+
+@jax.jit
+def _choose(counts: jax.Array, k: jax.Array) -> _Edge:
+    """Per line the largest bin such that it and those above hold k."""
+    total = jnp.cumsum(counts[:, ::-1], axis=1, dtype=jnp.uint32)[:, ::-1]
+    chosen = jnp.sum(total >= k[:, None], axis=1, dtype=jnp.uint32) - jnp.uint32(1)
+    pick = functools.partial(jnp.take_along_axis, indices=chosen[:, None], axis=1)
+    equal = pick(counts)[:, 0]
+    return _Edge(chosen, k - (pick(total)[:, 0] - equal), equal)
+
+
+def _radix(leaves: list[jax.Array], k: jax.Array, lines: Lines) -> _Edge:
+    """What `_bisect` finds, from histograms of the high 16 and of the low 15 bits."""
+    counts = jnp.zeros((k.size, _HIGH), jnp.uint32)
+    for x in leaves:
+        counts = _tally(counts, x, None, lines)
+    high = _choose(counts, k)
+    counts = jnp.zeros((k.size, _LOW), jnp.uint32)
+    for x in leaves:
+        counts = _tally(counts, x, high.bits, lines)
+    low = _choose(counts, high.need)
+    return _Edge((high.bits << 15) | low.bits, low.need, low.equal)
+
+
+def _search(x: jax.Array, edge: _Edge, rows: bool) -> tuple[jax.Array, jax.Array]:
+    """Where in each line the last wanted equal is, bit by bit; and the equals."""
+    first = x.ndim - 1 if rows else 1
+    length = math.prod(x.shape[first:])
+
+    def below(limit):
+        hit = magnitude_bits(x) == _spread(edge.bits, x, rows)
+        return _count(hit & (_index(x.shape, first) < _spread(limit, x, rows)), rows)
+
+    def decide(i, least):
+        trial = least | (jnp.uint32(1) << (length.bit_length() - 1 - i))
+        return jnp.where(below(trial) < edge.need, trial, least)
+
+    equal = below(jnp.full_like(edge.need, _ALL))
+    partial = (edge.need > 0) & (edge.need < equal)
+    rounds = jnp.where(jnp.any(partial), length.bit_length(), 0).astype(jnp.uint32)
+    least = jax.lax.fori_loop(jnp.uint32(0), rounds, decide, jnp.zeros_like(edge.need))
+    return least + jnp.uint32(1), equal
+
+
+def _scan(x: jax.Array, edge: _Edge) -> tuple[jax.Array, jax.Array]:
+    """What `_search` finds for tasks, in one pass over the slices of a leaf."""
+    parts, num = _num_slices(x), x.shape[0]
+
+    def hits(line, part):
+        bits = magnitude_bits(_slice(x, line, part, parts))
+        return (bits == edge.bits[line]).reshape(-1)
+
+    def step(i, counts):
+        line, part = i // parts, i % parts
+        count = jnp.sum(hits(line, part), dtype=jnp.uint32)
+        return counts.at[line, part].set(count)
+
+    counts = jnp.zeros((num, parts), jnp.uint32)
+    counts = jax.lax.fori_loop(0, num * parts, step, counts)
+
+    def locate(line):
+        need = edge.need[line]
+        total = jnp.cumsum(counts[line])
+        part = jnp.minimum(jnp.sum(total < need), parts - 1)
+        rest = need - (total[part] - counts[line, part])
+        hit = hits(line, part)
+        place = jnp.sum(jnp.cumsum(hit, dtype=jnp.uint32) < rest, dtype=jnp.uint32)
+        return part.astype(jnp.uint32) * jnp.uint32(hit.size) + place + jnp.uint32(1)
+
+    return jax.lax.map(locate, jnp.arange(num)), counts.sum(1, dtype=jnp.uint32)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _limit(
+    x: jax.Array, edge: _Edge, lines: Lines, zero_ties: bool
+) -> tuple[jax.Array, jax.Array]:
+    """The limit of one leaf, and how many equals the leaves after it still owe."""
+    x, rows = _by_line(x, lines), lines == "rows"
+    surplus = (edge.need > 0) & (edge.equal > edge.need)
     if not zero_ties:
-        surplus &= edge > 0
-
-    def whole():
-        return [jnp.where(need > 0, jnp.uint32(_ALL), jnp.uint32(0)) for _ in leaves]
+        surplus &= edge.bits > 0
 
     def split():
-        shares, before = [], jnp.zeros_like(need)
-        for count in equal:
-            left = jnp.where(need > before, need - before, jnp.uint32(0))
-            shares.append(jnp.minimum(left, count))
-            before += count
-        return _limits(leaves, edge, shares, rows)
+        whole = rows or jax.device_count() > 1
+        place, equal = _search(x, edge, rows) if whole else _scan(x, edge)
+        limit = jnp.where(edge.need < equal, place, jnp.uint32(_ALL))
+        return limit, edge.need - jnp.minimum(edge.need, equal)
 
-    limits = jax.lax.cond(jnp.any(surplus), split, whole)
-    return [Cutoff(edge, limit) for limit in limits]
+    def all_or_none():
+        return jnp.full_like(edge.need, _ALL), edge.need
+
+    limit, need = jax.lax.cond(jnp.any(surplus), split, all_or_none)
+    return jnp.where(edge.need > 0, limit, jnp.uint32(0)), need
+
+
+def _as_count(k: Any, length: int, shape: tuple[int, ...]) -> jax.Array:
+    if length > _ALL:
+        raise ValueError(f"order statistics count in 32 bits, not {length} entries")
+    k = jnp.clip(jnp.asarray(k), 0, length).astype(jnp.uint32)
+    return jnp.broadcast_to(k, shape)
+
+
+def _tree_cutoffs(tree: Any, k: Any, lines: Lines, zero_ties: bool) -> Any:
+    """Tree of `Cutoff`s with one value per line, [T] or [1]."""
+    leaves, treedef = jax.tree.flatten(tree)
+    num = leaves[0].shape[0] if leaves and lines == "tasks" else 1
+    filled = [x for x in leaves if x.size]
+    k = _as_count(k, sum(x.size for x in leaves) // num, (num,))
+    if not filled:
+        none = Cutoff(jnp.zeros_like(k), jnp.zeros_like(k))
+        return treedef.unflatten([none for _ in leaves])
+    radix, bisect = (lambda xs, k, f=f: f(xs, k, lines) for f in (_radix, _bisect))
+    if any(isinstance(x, jax.core.Tracer) for x in [k, *filled]):
+        edge = jax.lax.platform_dependent(filled, k, cpu=radix, default=bisect)
+    else:
+        edge = (radix if jax.default_backend() == "cpu" else bisect)(filled, k)
+    cutoffs = []
+    for x in leaves:
+        limit = jnp.zeros_like(k)
+        if x.size:
+            limit, need = _limit(x, edge, lines, zero_ties)
+            edge = edge._replace(need=need)
+        cutoffs.append(Cutoff(edge.bits, limit))
+    return treedef.unflatten(cutoffs)
+
+
+def task_top_cutoffs(taus: Any, k: Any, *, zero_ties: bool = True) -> Any:
+    """The cutoff of each task's whole tree taken as one vector, in leaf order.
+
+    Counts are summed over leaves and over shards; nothing is concatenated, gathered or
+    sorted. Outside `jit` the leaves are read one program each, so that leaves of one
+    shape share a compilation and temporaries never add up.
+
+    Args:
+      taus: float leaves [T, ...] of at most 32 bits, dtypes may differ.
+      k: how many entries each task keeps, clipped to [0, n]; scalar or [T].
+      zero_ties: False saves the search among equal zeros and keeps all or none of
+        them, for callers to whom a kept zero and a dropped one are the same.
+
+    Returns:
+      Tree like `taus` with a `Cutoff` of [T] arrays for every leaf.
+    """
+    return _tree_cutoffs(taus, k, "tasks", zero_ties)
 
 
 def top_cutoff(
@@ -221,7 +341,11 @@ def top_cutoff(
     Returns:
       A `Cutoff`, for `reaches`.
     """
-    return _cutoffs([x], k, rows and x.ndim > 0, zero_ties)[0]
+    if rows and x.ndim > 0:
+        k = _as_count(k, x.shape[-1], (*x.shape[:-1], 1))
+        edge = _bisect([x], k, "rows")
+        return Cutoff(edge.bits, _limit(x, edge, "rows", zero_ties)[0])
+    return tree_top_cutoff(x, k, zero_ties=zero_ties)
 
 
 def top_mask(x: jax.Array, k: Any, *, rows: bool = False) -> jax.Array:
@@ -246,9 +370,6 @@ def top_mask(x: jax.Array, k: Any, *, rows: bool = False) -> jax.Array:
 def tree_top_cutoff(tree: Any, k: Any, *, zero_ties: bool = True) -> Any:
     """The cutoff of a whole tree taken as one vector, in leaf order.
 
-    Counts are summed over leaves and over shards; nothing is concatenated, gathered
-    or sorted.
-
     Args:
       tree: float leaves [...] of at most 32 bits, dtypes may differ.
       k: how many entries of the whole tree to keep, clipped to [0, n].
@@ -257,10 +378,8 @@ def tree_top_cutoff(tree: Any, k: Any, *, zero_ties: bool = True) -> Any:
     Returns:
       Tree like `tree` with a `Cutoff` for every leaf.
     """
-    leaves, treedef = jax.tree.flatten(tree)
-    if not leaves:
-        return tree
-    return treedef.unflatten(_cutoffs(leaves, k, False, zero_ties))
+    cutoffs = _tree_cutoffs(tree, k, "whole", zero_ties)
+    return jax.tree.map(lambda per_line: per_line[0], cutoffs)
 
 
 def tree_top_mask(tree: Any, k: Any) -> Any:

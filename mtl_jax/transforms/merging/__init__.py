@@ -1,0 +1,74 @@
+"""Merging of fine-tuned models: task vectors and every rule that combines them.
+
+Every merge takes a task tree (leaves [T, ...]) and returns a delta shaped like the
+parameters, to be applied with `tree.add_scaled(base, delta, scale)`.
+"""
+
+from mtl_jax.transforms.merging._arithmetic import (
+    analogy,
+    average,
+    negate,
+    task_arithmetic,
+)
+from mtl_jax.transforms.merging._breadcrumbs import (
+    band_masks,
+    breadcrumbs,
+    chain,
+    drop_outliers,
+    keep_top,
+    scale,
+)
+from mtl_jax.transforms.merging._dare import dare
+from mtl_jax.transforms.merging._search import (
+    ScaleSearch,
+    Trial,
+    normalised_accuracy,
+    scale_search,
+)
+from mtl_jax.transforms.merging._tall_masks import (
+    CompressionBits,
+    MaskStatistics,
+    compression_bits,
+    consensus,
+    consensus_mask,
+    magnitude_masks,
+    mask_counts,
+    mask_statistics,
+    restore_delta,
+    tall_masks,
+)
+from mtl_jax.transforms.merging._task_vectors import task_vectors
+from mtl_jax.transforms.merging._ties import ties, ties_select
+from mtl_jax.tree import combine
+
+__all__ = [
+    "CompressionBits",
+    "MaskStatistics",
+    "ScaleSearch",
+    "Trial",
+    "analogy",
+    "average",
+    "band_masks",
+    "breadcrumbs",
+    "chain",
+    "combine",
+    "compression_bits",
+    "consensus",
+    "consensus_mask",
+    "dare",
+    "drop_outliers",
+    "keep_top",
+    "magnitude_masks",
+    "mask_counts",
+    "mask_statistics",
+    "negate",
+    "normalised_accuracy",
+    "restore_delta",
+    "scale",
+    "scale_search",
+    "tall_masks",
+    "task_arithmetic",
+    "task_vectors",
+    "ties",
+    "ties_select",
+]

@@ -1,0 +1,272 @@
+"""The one shape of an element-wise merge: trim each task, elect signs, reduce.
+
+A method is a row of options. The trim decides first, per task, from as much of the
+model as it likes, and answers with one small *selector* per leaf; then every leaf is
+read once more and merged in one fused pass. No trimmed copy of the tasks is made.
+
+    trim      selector per leaf and task: everything, a top share, a band, a coin
+    elect     sign per entry that the kept values must share
+    reduce    what becomes of the values that are left
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mtl_jax import tree
+
+Elect = Literal["none", "sum", "count"]
+Reduce = Literal["sum", "mean", "disjoint_mean"]
+Scope = Literal["global", "leaf"]
+
+
+class Everything(NamedTuple):
+    """Keeps a task as it is."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: [...] -> x."""
+        return x
+
+
+class Coin(NamedTuple):
+    """Keeps each entry with probability `density`, multiplied by `factor`."""
+
+    key: jax.Array
+    density: jax.Array
+    factor: jax.Array
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: [...] -> x * factor where kept, 0 elsewhere."""
+        keep = jax.random.bernoulli(self.key, self.density, x.shape)
+        return jnp.where(keep, x * self.factor.astype(x.dtype), jnp.zeros((), x.dtype))
+
+
+class Band(NamedTuple):
+    """Keeps what reaches `low` and does not reach `high` (None: no upper end)."""
+
+    low: tree.Cutoff | None
+    high: tree.Cutoff | None
+
+    def mask(self, x: jax.Array) -> jax.Array:
+        """x: [...] -> bool [...]."""
+        keep = jnp.ones(x.shape, bool)
+        if self.low is not None:
+            keep &= tree.reaches(x, self.low)
+        if self.high is not None:
+            keep &= ~tree.reaches(x, self.high)
+        return keep
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: [...] -> x where kept, 0 elsewhere."""
+        return jnp.where(self.mask(x), x, jnp.zeros((), x.dtype))
+
+
+Selector = Any
+Trim = Callable[[Any], Any]
+
+
+def share(fn_name: str, name: str, fraction: float, length: int) -> int:
+    """floor(fraction * length), with the fraction read as the decimal it is written as.
+
+    Plain floating point gives floor(0.29 * 100) = 28.
+
+    Raises:
+      ValueError: the fraction is not a number in [0, 1].
+    """
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"{fn_name}: {name} is {fraction}, wanted 0 <= {name} <= 1")
+    return math.floor(Fraction(repr(float(fraction))) * length)
+
+
+def check_taus(fn_name: str, taus: Any, weights: Any) -> tuple[int, jax.Array]:
+    """Number of tasks and one float32 weight for each; ones by default."""
+    count = tree.num_tasks(fn_name, taus)
+    weights = jnp.ones(count) if weights is None else jnp.asarray(weights)
+    if weights.shape != (count,):
+        raise ValueError(
+            f"{fn_name}: weights are {weights.shape}, wanted ({count},), one per task"
+        )
+    return count, weights.astype(jnp.float32)
+
+
+def top_share(
+    fn_name: str, taus: Any, density: float, scope: Scope, *, zero_ties: bool = False
+) -> list[Any]:
+    """Selectors that keep the largest share of each task, over the model or per leaf.
+
+    Returns:
+      One `Band` with leaves [T] for every leaf, as a list in leaf order; None for
+      leaves that hold no deltas.
+    """
+    leaves = [x if tree.is_inexact(x) else None for x in jax.tree.leaves(taus)]
+    sizes = {i: x[0].size for i, x in enumerate(leaves) if x is not None}
+
+    def count(length):
+        return share(fn_name, "density", density, length)
+
+    if scope == "global":
+        kept = count(sum(sizes.values()))
+        chosen = {i: leaves[i] for i in sizes}
+        cutoffs = tree.task_top_cutoffs(chosen, kept, zero_ties=zero_ties)
+    elif scope == "leaf":
+        cutoffs = {
+            i: tree.task_top_cutoffs(leaves[i], count(n), zero_ties=zero_ties)
+            for i, n in sizes.items()
+        }
+    else:
+        raise ValueError(f"{fn_name}: scope is {scope!r}, wanted 'global' or 'leaf'")
+    return [Band(cutoffs[i], None) if i in sizes else None for i in range(len(leaves))]
+
+
+def _kept(x: jax.Array, select: Selector, weights: jax.Array) -> list[jax.Array]:
+    """Trimmed and weighted values of each task, float32; unrolled, so that it fuses."""
+    wide = x.dtype if x.dtype.itemsize > 4 else jnp.float32
+    return [
+        weights[t].astype(wide)
+        * jax.tree.map(lambda a, t=t: a[t], select)(x[t].astype(wide))
+        for t in range(x.shape[0])
+    ]
+
+
+def _score(values: list[jax.Array], elect: Elect) -> jax.Array:
+    votes = values if elect == "sum" else [jnp.sign(v) for v in values]
+    return functools.reduce(jnp.add, votes)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _balance(
+    x: jax.Array, select: Selector, weights: jax.Array, elect: Elect
+) -> tuple[jax.Array, jax.Array]:
+    """Positive minus negative elected signs of a leaf, as high and low 16 bits."""
+    sign = jnp.sign(_score(_kept(x, select, weights), elect)).astype(jnp.int32)
+    net = jnp.sum(sign, dtype=jnp.int32)
+    return net >> 16, net & 0xFFFF
+
+
+def _majority(parts: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
+    """Sign of the sum over leaves, without 32-bit overflow."""
+    high = sum(part[0] for part in parts)
+    low = sum(part[1] for part in parts)
+    high, low = high + (low >> 16), low & 0xFFFF
+    sign = jnp.where(high == 0, jnp.sign(low), jnp.where(high < 0, -1, 1))
+    return sign.astype(jnp.float32)
+
+
+def _agreeing(values, majority, elect: Elect):
+    if elect == "none":
+        return values
+    sign = jnp.sign(_score(values, elect))
+    sign = jnp.where(sign == 0, majority.astype(sign.dtype), sign)
+    return [jnp.where(v * sign > 0, v, jnp.zeros((), v.dtype)) for v in values]
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _merge_leaf(x, select, weights, majority, elect: Elect, reduce: Reduce):
+    values = _agreeing(_kept(x, select, weights), majority, elect)
+    total = functools.reduce(jnp.add, values)
+    if reduce == "mean":
+        total = total / jnp.sum(weights).astype(total.dtype)
+    elif reduce == "disjoint_mean":
+        weight = functools.reduce(
+            jnp.add,
+            [
+                jnp.where(v != 0, w.astype(v.dtype), 0)
+                for v, w in zip(values, weights, strict=True)
+            ],
+        )
+        total = jnp.where(weight != 0, total / jnp.where(weight != 0, weight, 1), 0)
+    return total.astype(x.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _select_leaf(x, select, weights, majority, elect: Elect):
+    """[T, ...] of the values that survive, unweighted."""
+    kept = _kept(x, select, weights)
+    values = _agreeing(kept, majority, elect)
+    plain = _kept(x, select, jnp.ones_like(weights))
+    return jnp.stack(
+        [
+            jnp.where(v != 0, p, jnp.zeros((), p.dtype))
+            for v, p in zip(values, plain, strict=True)
+        ]
+    ).astype(x.dtype)
+
+
+def merge(
+    taus: Any,
+    selectors: list[Selector] | None,
+    weights: jax.Array,
+    *,
+    elect: Elect = "none",
+    reduce: Reduce = "sum",
+    zero_sign: Literal["majority", "none"] = "none",
+) -> Any:
+    """Merges trimmed tasks leaf by leaf.
+
+    Args:
+      taus: task tree, leaves [T, ...].
+      selectors: per leaf a selector with leaves [T, ...]; None keeps everything.
+      weights: [T] float32; they multiply the values before the election.
+      elect: "none"; "sum": the sign of the sum of the kept values; "count": the sign
+        that more tasks have.
+      reduce: "sum"; "mean" over all tasks; "disjoint_mean" over those that are left.
+      zero_sign: what an election that ends in zero becomes: "majority", the most
+        common elected sign of the whole model, or "none", nothing passes.
+
+    Returns:
+      Tree with leaves [...] in the dtypes of `taus`.
+    """
+    leaves, treedef, selectors, majority = _prepare(
+        taus, selectors, weights, elect, zero_sign
+    )
+    return treedef.unflatten(
+        [
+            x[0] if s is None else _merge_leaf(x, s, weights, majority, elect, reduce)
+            for x, s in zip(leaves, selectors, strict=True)
+        ]
+    )
+
+
+def survivors(
+    taus: Any,
+    selectors: list[Selector] | None,
+    weights: jax.Array,
+    *,
+    elect: Elect = "none",
+    zero_sign: Literal["majority", "none"] = "none",
+) -> Any:
+    """What `merge` would reduce: per task the entries that survive, leaves [T, ...]."""
+    leaves, treedef, selectors, majority = _prepare(
+        taus, selectors, weights, elect, zero_sign
+    )
+    return treedef.unflatten(
+        [
+            x if s is None else _select_leaf(x, s, weights, majority, elect)
+            for x, s in zip(leaves, selectors, strict=True)
+        ]
+    )
+
+
+def _prepare(taus, selectors, weights, elect, zero_sign):
+    """Leaves, with None for the selector of those without deltas; the majority."""
+    leaves, treedef = jax.tree.flatten(taus)
+    if selectors is None:
+        selectors = [Everything() for _ in leaves]
+    selectors = [
+        s if tree.is_inexact(x) and x.size else None
+        for x, s in zip(leaves, selectors, strict=True)
+    ]
+    majority = jnp.zeros(())
+    if elect != "none" and zero_sign == "majority":
+        parts = [
+            _balance(x, s, weights, elect)
+            for x, s in zip(leaves, selectors, strict=True)
+            if s is not None
+        ]
+        majority = _majority(parts) if parts else majority
+    return leaves, treedef, selectors, majority
