@@ -33,7 +33,7 @@ def test_row_is_complete(entry):
     assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", spec.name)
     assert 2015 <= spec.year <= 2030
     assert spec.title and entry.short and spec.summary.endswith(".")
-    assert len(spec.summary) < 130 and spec.summary.count(".") == 1
+    assert len(spec.summary) < 160 and spec.summary.count(".") == 1
     assert spec.reference.startswith("@") and spec.title in spec.reference
     assert spec.reference.count("{") == spec.reference.count("}")
 
