@@ -142,11 +142,11 @@ class Progress:
         if self._implicit is not None:
             self._implicit.__exit__(*exception)
             self._implicit = None
+        if self.title and exception[0] is None:
+            self.log(f"{self.title}: done in {self._since(self._began)}")
         if self._bars is not None:
             self._bars.stop()
             self._bars = None
-        if self.title and exception[0] is None:
-            self.log(f"{self.title}: done in {self._since(self._began)}")
 
     def __call__(
         self, step: int, steps: int | None, metrics: Mapping[str, Any] | None = None
