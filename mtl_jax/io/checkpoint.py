@@ -166,7 +166,8 @@ class Checkpointer:
                 step, args=ocp.args.Composite(**{_META: ocp.args.JsonRestore()})
             )
             note = restored[_META]
-            note["leaves"], note["sums"], note["meta"]
+            if not {"leaves", "sums", "meta"} <= set(note):
+                raise KeyError(f"found {sorted(note)}")
         except Exception as error:  # Orbax raises many kinds here.
             raise self._damaged(
                 step, f"its manifest cannot be read ({error})"

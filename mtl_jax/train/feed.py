@@ -16,16 +16,17 @@ class Feed:
     """
 
     def __init__(self, data: Data):
-        self._function = data if callable(data) else None
+        self._function: Any = None
         self._iterator: Any = None
-        if self._function is None:
-            try:
-                self._iterator = iter(data)  # pyright: ignore[reportArgumentType]
-            except TypeError:
-                raise ValueError(
-                    "fit: data wants an iterable of batches or a function of the step, "
-                    f"found {type(data).__name__}"
-                ) from None
+        if isinstance(data, Iterable):
+            self._iterator = iter(data)
+        elif callable(data):
+            self._function = data
+        else:
+            raise ValueError(
+                "fit: data wants an iterable of batches or a function of the step, "
+                f"found {type(data).__name__}"
+            )
 
     def next(self, step: int) -> Any:
         """The batch of step number `step`, counted from 0."""

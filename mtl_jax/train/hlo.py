@@ -86,7 +86,7 @@ def collectives(text: str) -> tuple[Collective, ...]:
     for (key, where), count in found.items():
         full = (*key, where in inside)
         merged[full] = merged.get(full, 0) + count
-    rows = [Collective(*key, count) for key, count in merged.items()]
+    rows = [Collective._make((*key, count)) for key, count in merged.items()]
     return tuple(sorted(rows, key=lambda c: (-c.nbytes, c.kind, c.dtype, c.groups)))
 
 

@@ -176,14 +176,12 @@ class Trainer:
           NonFiniteError: when a loss or gradient is not finite.
           Interrupted: a SystemExit, after a signal.
         """
-        for name, every in {
-            "steps": steps,
-            "log_every": log_every,
-            "checkpoint_every": checkpoint_every,
-            "eval_every": eval_every,
-        }.items():
-            if every is not None and every < 1:
-                raise ValueError(f"fit: {name} wants at least 1, found {every}")
+        _check_counts(
+            steps=steps,
+            log_every=log_every,
+            checkpoint_every=checkpoint_every,
+            eval_every=eval_every,
+        )
         if checkpoint_every is not None and workdir is None:
             raise ValueError("fit: checkpoint_every wants a workdir")
         with contextlib.ExitStack() as stack:
@@ -270,6 +268,8 @@ class _Run:
             if len(self.in_flight) > _IN_FLIGHT:
                 self.read_one()
             self.boundary(index + 1, stop)
+        if stop.received:  # After the last boundary, or with no step left to run.
+            self.end(stop.received, self.steps)
         state = self.state
         return FitResult(merge(state.params, state.frozen), state, self.log.records)
 
@@ -293,17 +293,25 @@ class _Run:
             self.checkpoints.save(done, self.state, meta)
         if last or number:
             self.checkpoints.wait()
-        if number and not last:
-            error = Interrupted(number, done)
-            if jax.process_index() == 0:
-                sys.stderr.write(f"{error}\n")
-            raise error
+        if number:
+            self.end(number, done)
+
+    def end(self, number: int, done: int) -> None:
+        """Says where the run stands and ends the process."""
+        error = Interrupted(number, done)
+        if jax.process_index() == 0:
+            sys.stderr.write(f"{error}\n")
+        raise error
 
     def agreed(self, received: int | None, done: int) -> int:
-        """The signal to act on now, the same on every process."""
+        """The signal to act on now, the same on every process.
+
+        Several processes ask each other only where they log anyway.
+        """
         if jax.process_count() == 1:
             return received or 0
-        if self.checkpoints is None or done % self.log_every:
+        now = done == self.steps or _due(self.log_every, done)
+        if self.checkpoints is None or not now:
             return 0
         from jax.experimental import multihost_utils
 
@@ -338,6 +346,12 @@ class _Run:
         metrics = {f"eval/{name}": float(value) for name, value in found.items()}
         self.log.write(done, metrics)
         self.latest.update(metrics)
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"fit: {name} wants at least 1, found {count}")
 
 
 def _due(every: int | None, done: int) -> bool:

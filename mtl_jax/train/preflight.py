@@ -187,7 +187,7 @@ def _compile(trainer: Trainer, batch: Any) -> dict[str, Any]:
         found |= {"hbm_needed": need} | ({"hbm_available": have} if have else {})
         return found | {"compile_seconds": time.perf_counter() - start}
     seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     parts = {
         "hbm_arguments": memory.argument_size_in_bytes,
         "hbm_temporaries": memory.temp_size_in_bytes,

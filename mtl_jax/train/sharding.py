@@ -20,7 +20,7 @@ def make_mesh(
     data: int = -1,
     model: int = 1,
     *,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
     **more: int,
 ) -> Mesh:
     """Makes the mesh every sharded program of the library runs on.
@@ -241,11 +241,12 @@ def check_batch(batch: Any, mesh: Mesh, *, accumulate: int, processes: int = 1) 
             )
         if not np.ndim(x):
             continue
+        found = np.shape(x)[0]
         if size is None:
-            size, first = x.shape[0], name
-        if x.shape[0] != size:
+            size, first = found, name
+        if found != size:
             raise ValueError(
-                f"shard_batch: {name!r} has {x.shape[0]} examples, {first!r} has {size}"
+                f"shard_batch: {name!r} has {found} examples, {first!r} has {size}"
             )
     if not size:
         raise ValueError("shard_batch: the batch holds no examples")

@@ -1,5 +1,6 @@
 import json
 import logging
+import signal
 import threading
 
 import jax
@@ -239,6 +240,30 @@ def test_unwritable_folder(toy, trainer, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write to"):
         trainer.fit(toy.batches, steps=1, workdir=tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(("at", "saved"), [(1, 3), (2, 4), (6, 6)])
+def test_a_signal_saves_and_ends_the_process_even_at_the_last_step(
+    toy, trainer, tmp_path, equal, capsys, at, saved
+):
+    def progress(step, steps, metrics):
+        if step == at:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(train.Interrupted) as caught:
+        trainer.fit(toy.batches, steps=6, workdir=tmp_path, progress=progress)
+    assert (caught.value.code, caught.value.step) == (143, saved)
+    assert capsys.readouterr().err == f"{caught.value}\n"
+    resumed = trainer.fit(toy.batches, steps=6, workdir=tmp_path)
+    equal(resumed.state, trainer.fit(toy.batches, steps=6).state)
+
+
+def test_without_a_folder_signals_are_left_alone(toy, trainer):
+    def progress(step, steps, metrics):
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(toy.batches, steps=6, progress=progress)
 
 
 def test_fit_runs_in_a_thread(toy, trainer, tmp_path):
