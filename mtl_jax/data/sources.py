@@ -45,7 +45,13 @@ def prepare(task_name: str, data_dir: Any = None, *, full: bool = False) -> Any:
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.redirect_stderr(io.StringIO()),
         ):
-            builder.download_and_prepare()
+            try:
+                builder.download_and_prepare()
+            except OSError:
+                # Another process that prepared the same files may have been first.
+                if not builder.data_path.exists():
+                    raise
+                return prepare(task_name, data_dir, full=full)
     return builder
 
 

@@ -71,19 +71,19 @@ def thin(rows: Sequence[Row], limit: int | None) -> list[Row]:
     """At most `limit` rows, taken from the classes in turn, in order of hash.
 
     Small classes stay whole and large ones are cut to a common size. With no limit
-    all rows are kept. The result is in order of hash.
+    all rows are kept. The result is in order of another hash, so that every stretch
+    of it is a random sample.
     """
-    rows = sorted(rows, key=lambda row: (_unit(row.key, "order"), row.key))
-    if limit is None or len(rows) <= limit:
-        return rows
-    by_class = collections.defaultdict(list)
-    for row in rows:
-        by_class[row.label].append(row)
-    turns = itertools.chain.from_iterable(
-        itertools.zip_longest(*(by_class[label] for label in sorted(by_class)))
-    )
-    kept = {row.key for row in itertools.islice(filter(None, turns), limit)}
-    return [row for row in rows if row.key in kept]
+    rows = sorted(rows, key=lambda row: (_unit(row.key, "keep"), row.key))
+    if limit is not None and len(rows) > limit:
+        by_class = collections.defaultdict(list)
+        for row in rows:
+            by_class[row.label].append(row)
+        turns = itertools.chain.from_iterable(
+            itertools.zip_longest(*(by_class[label] for label in sorted(by_class)))
+        )
+        rows = list(itertools.islice(filter(None, turns), limit))
+    return sorted(rows, key=lambda row: (_unit(row.key, "order"), row.key))
 
 
 def assign(rows: Iterable[Row], limit: int | None = None) -> dict[str, list[Row]]:

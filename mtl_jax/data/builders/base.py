@@ -22,7 +22,7 @@ class TaskBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     come. Splits depend on content alone: 80/10/10 by hash.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.0.1")
     BUILDER_CONFIGS: ClassVar[list] = [
         tfds.core.BuilderConfig(name="default", description="bounded, balanced"),
         tfds.core.BuilderConfig(name="full", description="every row"),
