@@ -1,11 +1,14 @@
 """Files: safetensors, pretrained checkpoints, trees of arrays, training checkpoints."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mtl_jax.io import names, safetensors
 from mtl_jax.io.params import digest, load_tree, save_tree
 from mtl_jax.io.pretrained import load_pretrained, read_config, save_pretrained
+
+if TYPE_CHECKING:
+    from mtl_jax.io import checkpoint
 
 __all__ = [
     "checkpoint",

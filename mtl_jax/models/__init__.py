@@ -9,7 +9,7 @@ from mtl_jax.models.backbones import Bert, Mlp, ViT
 from mtl_jax.models.functional import functional
 from mtl_jax.models.heads import Classifier, mean_pool, prototype_logits
 from mtl_jax.models.layers import stack_layers, unstack_layers
-from mtl_jax.models.registry import build, names
+from mtl_jax.models.registry import build, names, sharding_rules
 
 __all__ = [
     "Bert",
@@ -23,6 +23,7 @@ __all__ = [
     "mean_pool",
     "names",
     "prototype_logits",
+    "sharding_rules",
     "stack_layers",
     "unstack_layers",
 ]

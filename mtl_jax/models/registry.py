@@ -7,9 +7,12 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from mtl_jax.models.backbones import bert, mlp, vit
 from mtl_jax.models.backbones.bert import Bert
 from mtl_jax.models.backbones.mlp import Mlp
 from mtl_jax.models.backbones.vit import CLIP_OPTIONS, SIZES, ViT
+from mtl_jax.models.heads import classifier
+from mtl_jax.models.layers.sharding import Rules
 
 _MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "mlp": (Mlp, {}),
@@ -38,6 +41,39 @@ _MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
         {"patch_size": 14, "projection": 768, **SIZES["l"], **CLIP_OPTIONS},
     ),
 }
+
+
+_RULES: dict[type[nn.Module], Rules] = {
+    Bert: bert.SHARDING_RULES,
+    Mlp: mlp.SHARDING_RULES,
+    ViT: vit.SHARDING_RULES,
+    classifier.Classifier: classifier.SHARDING_RULES,
+}
+
+
+def sharding_rules(*modules: nn.Module) -> Rules:
+    """Sharding rules of some modules, in order, as the trainer takes them.
+
+    Args:
+      *modules: a backbone and its heads, for instance.
+
+    Returns:
+      (regex, PartitionSpec) pairs over the mesh axes `data` and `model`; the regex
+      accepts any prefix of the path, so modules may be nested in one tree.
+
+    Raises:
+      ValueError: for a module without published rules.
+
+    >>> len(sharding_rules(Mlp((4, 2))))
+    2
+    """
+    for module in modules:
+        if type(module) not in _RULES:
+            known = ", ".join(sorted(cls.__name__ for cls in _RULES))
+            raise ValueError(
+                f"sharding_rules: none for {type(module).__name__}, known: {known}"
+            )
+    return tuple(rule for module in modules for rule in _RULES[type(module)])
 
 
 def names() -> list[str]:

@@ -7,8 +7,6 @@ import pytest
 
 from mtl_jax import losses
 
-pytestmark = pytest.mark.fast
-
 
 def oracle_log_softmax(logits, active):
     out = np.full(logits.shape, -np.inf)
@@ -19,6 +17,7 @@ def oracle_log_softmax(logits, active):
     return out
 
 
+@pytest.mark.fast
 @hypothesis.given(
     st.integers(0, 2**31 - 1),
     st.sampled_from([0.0, 0.1, 1.0]),
@@ -85,6 +84,7 @@ def test_cross_entropy_of_bf16_logits_is_float32():
     assert loss[0] == 100.0
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("labels", "mask", "message"),
     [
@@ -133,6 +133,7 @@ def test_kl_is_the_formula_and_zero_on_itself(seed):
     assert not losses.kl_divergence(p, p).any()
 
 
+@pytest.mark.fast
 def test_sigmoid_cross_entropy_is_stable_and_exact():
     logits = jnp.array([-200.0, -1.0, 0.0, 3.0, 200.0])
     targets = jnp.array([0.0, 0.25, 1.0, 1.0, 0.0])

@@ -4,8 +4,6 @@ import pytest
 
 from mtl_jax import models
 
-pytestmark = pytest.mark.fast
-
 
 @pytest.mark.parametrize("name", models.names())
 def test_every_name_builds_abstractly(name):
@@ -19,12 +17,26 @@ def test_every_name_builds_abstractly(name):
     assert jax.eval_shape(module.init, jax.random.key(0), example)["params"]
 
 
+@pytest.mark.fast
 def test_plain_config_data_is_enough():
     module = models.build("mlp", features=[4, 2], dtype="bfloat16")
     assert module.features == (4, 2)
     assert module.dtype == jnp.bfloat16
 
 
+@pytest.mark.fast
+def test_sharding_rules_join_backbone_and_head():
+    module, head = models.build("minilm-l6"), models.Classifier(2)
+    rules = models.sharding_rules(module, head)
+    assert rules == (
+        *models.sharding_rules(module),
+        *models.sharding_rules(head),
+    )
+    with pytest.raises(ValueError, match="none for LayerNorm, known: Bert, Class"):
+        models.sharding_rules(models.layers.LayerNorm())
+
+
+@pytest.mark.fast
 def test_misses_list_what_exists():
     with pytest.raises(ValueError, match=r"no model 'vit-b/23' \(did you mean 'vit-b"):
         models.build("vit-b/23")

@@ -21,10 +21,6 @@ def tiny(**options):
     )
 
 
-def init(module, *inputs):
-    return jax.jit(module.init)(jax.random.key(0), *inputs)["params"]
-
-
 def run(module, params, *inputs, **options):
     apply = functools.partial(module.apply, **options)
     return jax.jit(apply)({"params": params}, *inputs)
@@ -33,15 +29,6 @@ def run(module, params, *inputs, **options):
 IDS = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0]], np.int32)
 MASK = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], np.int32)
 TYPES = np.array([[0, 0, 0, 1, 1], [0, 1, 1, 0, 0]], np.int32)
-
-
-def spread(params):
-    """Parameters large and uneven enough for every term to show."""
-    flat, treedef = jax.tree.flatten(params)
-    rng = np.random.default_rng(0)
-    return treedef.unflatten(
-        [jnp.asarray(rng.normal(size=x.shape) * 0.5 + 0.1, jnp.float32) for x in flat]
-    )
 
 
 def norm(x, p, eps=1e-12):
@@ -79,8 +66,8 @@ def oracle(params, ids, mask, types):
 
 
 @pytest.mark.fast
-def test_one_layer_is_the_paper_in_float64():
-    params = spread(init(tiny(), IDS))
+def test_one_layer_is_the_paper_in_float64(fill):
+    params = fill(tiny(), IDS)
     got = run(tiny(), params, IDS, MASK, TYPES, return_hidden=True)
     for a, b in zip(got, oracle(params, IDS, MASK, TYPES), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
@@ -93,23 +80,23 @@ def test_defaults_are_minilm():
     assert tree.size(params) == 22_713_216 - 384 * 385
 
 
-def test_absent_mask_and_types_mean_all_active_and_zero():
-    params = spread(init(tiny(), IDS))
+def test_absent_mask_and_types_mean_all_active_and_zero(fill):
+    params = fill(tiny(), IDS)
     apply = functools.partial(run, tiny(), params)
     ones, zeros = np.ones_like(IDS), np.zeros_like(IDS)
     np.testing.assert_allclose(apply(IDS), apply(IDS, ones, zeros), atol=1e-6)
     np.testing.assert_array_equal(apply(IDS, ones), apply(IDS, ones.astype(bool)))
 
 
-def test_padding_never_reaches_the_tokens():
-    params = spread(init(tiny(), IDS))
+def test_padding_never_reaches_the_tokens(fill):
+    params = fill(tiny(), IDS)
     short = run(tiny(), params, IDS[1:, :3], MASK[1:, :3])
     long = run(tiny(), params, IDS[1:], MASK[1:])
     np.testing.assert_allclose(short, long[:, :3], atol=1e-5)
 
 
-def test_bf16_compute_keeps_float32_params_and_stays_near():
-    params = init(tiny(), IDS)
+def test_bf16_compute_keeps_float32_params_and_stays_near(fill):
+    params = fill(tiny(), IDS)
     module = tiny(dtype=jnp.bfloat16)
     got = run(module, params, IDS, MASK)
     assert got.dtype == jnp.bfloat16
@@ -120,9 +107,9 @@ def test_bf16_compute_keeps_float32_params_and_stays_near():
 
 
 @pytest.mark.parametrize("scan", [False, True])
-def test_dropout_acts_only_when_asked_and_follows_its_key(scan):
+def test_dropout_acts_only_when_asked_and_follows_its_key(fill, scan):
     module = tiny(dropout=0.5, scan=scan).clone(depth=2)
-    params = init(module, IDS)
+    params = fill(module, IDS)
     still = run(module, params, IDS)
 
     @jax.jit

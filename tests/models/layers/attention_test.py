@@ -29,11 +29,11 @@ def test_attend_is_the_formula():
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
-def test_masked_keys_have_no_influence_at_all():
+def test_masked_keys_have_no_influence_at_all(fill):
     x = jax.random.normal(jax.random.key(0), (1, 4, 8))
     bias = layers.mask_bias(jnp.array([[1, 1, 0, 0]]))
     module = layers.SelfAttention(num_heads=2)
-    variables = jax.jit(module.init)(jax.random.key(1), x)
+    variables = {"params": fill(module, x)}
     apply = jax.jit(module.apply)
     poisoned = x.at[:, 2:].set(1e4)
     np.testing.assert_array_equal(

@@ -63,12 +63,12 @@ def test_every_rule_is_used_by_some_case():
 
 
 @pytest.mark.parametrize("scan", [False, True])
-def test_sharded_equals_unsharded(scan):
+def test_sharded_equals_unsharded(fill, scan):
     module = models.Bert(
         vocab_size=11, width=16, depth=1, num_heads=2, mlp_dim=32, scan=scan
     )
     ids = jax.random.randint(jax.random.key(1), (8, 6), 0, 11)
-    params = jax.jit(module.init)(jax.random.key(0), ids)["params"]
+    params = fill(module, ids)
 
     def loss(p, ids):
         return jnp.mean(jnp.square(module.apply({"params": p}, ids)))

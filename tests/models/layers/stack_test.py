@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 from mtl_jax import models
 
 IDS = jnp.array([[1, 2, 3, 4], [5, 6, 0, 0]], jnp.int32)
+X = jnp.arange(8.0)
 MASK = jnp.array([[1, 1, 1, 1], [1, 1, 0, 0]], jnp.int32)
 
 
@@ -13,7 +15,7 @@ def tiny(**options):
     return models.Bert(
         vocab_size=11,
         width=8,
-        depth=3,
+        depth=2,
         num_heads=2,
         mlp_dim=16,
         max_positions=6,
@@ -22,8 +24,8 @@ def tiny(**options):
 
 
 @pytest.fixture(scope="module")
-def params():
-    return jax.jit(tiny().init)(jax.random.key(0), IDS)["params"]
+def params(fill):
+    return fill(tiny(), IDS)
 
 
 def loss(module, params):
@@ -65,7 +67,7 @@ def test_hidden_states_end_with_the_output(params, scan):
     hidden = jax.jit(
         lambda p: module.apply({"params": p}, IDS, MASK, return_hidden=True)
     )(own)
-    assert len(hidden) == 4
+    assert len(hidden) == 3
     want = jax.jit(lambda p: tiny().apply({"params": p}, IDS, MASK))(params)
     np.testing.assert_allclose(hidden[-1], want, atol=1e-6)
     assert not np.allclose(hidden[1], hidden[2])
@@ -105,6 +107,34 @@ def test_vmap_over_models(params):
     twice = jax.tree.map(lambda x: 2 * x, params)
     want = [f(params), f(twice)]
     np.testing.assert_allclose(got, jnp.stack(want), rtol=1e-5)
+
+
+def test_collections_beside_params_reach_every_scanned_layer(fill):
+    """Kills a scan that carries `params` only: adapters would vanish in silence."""
+
+    def adapt(call, args, kwargs, context):
+        out = call(*args, **kwargs)
+        module = context.module
+        if context.method_name == "__call__" and module.has_variable("shift", "s"):
+            out = out + module.get_variable("shift", "s")
+        return out
+
+    module = tiny(scan=True).clone(depth=2)
+    params = fill(module, IDS)
+
+    @jax.jit
+    def run(shift):
+        shifts = {"layers": {"mlp": {"out": {"s": shift}}}}
+        with nn.intercept_methods(adapt):
+            return module.apply(
+                {"params": params, "shift": shifts}, IDS, return_hidden=True
+            )
+
+    rows = jnp.zeros((2, 1, 1, 8))
+    base, first, second = (run(rows.at[i].set(d)) for i, d in ((0, 0), (0, X), (1, X)))
+    assert not np.allclose(base[1], first[1])
+    np.testing.assert_array_equal(base[1], second[1])
+    assert not np.allclose(base[2], second[2])
 
 
 @pytest.mark.fast
