@@ -1,5 +1,3 @@
-import hypothesis
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,11 +16,12 @@ def masks_like(tree, num_tasks, seed):
     )
 
 
-@hypothesis.given(st.integers(0, 80), st.integers(1, 3), st.integers(0, 2**31 - 1))
-@hypothesis.settings(max_examples=10)
-def test_pack_then_unpack_is_the_identity(size, num_tasks, seed):
+@pytest.mark.parametrize(
+    ("size", "num_tasks"), [(0, 2), (1, 1), (7, 3), (8, 2), (31, 1), (32, 3), (65, 2)]
+)
+def test_pack_then_unpack_is_the_identity(size, num_tasks):
     like = {"a": jnp.zeros(size), "b": [jnp.zeros((3, 5)), jnp.zeros(())]}
-    masks = masks_like(like, num_tasks, seed)
+    masks = masks_like(like, num_tasks, size)
     packed = masking.pack(masks, per_task=True)
     for p, x in zip(jax.tree.leaves(packed), jax.tree.leaves(like), strict=True):
         assert p.dtype == jnp.uint8 and p.shape == (num_tasks, -(-x.size // 8))
