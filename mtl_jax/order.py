@@ -6,9 +6,9 @@ each row of an array, or of a whole tree taken as one long vector. The answer is
 it, how far along the array the kept ones go. Membership is then one elementwise
 comparison, which fuses with whatever reads the entries, and shards like them.
 
-Magnitudes are compared as unsigned integers: the order of the bit patterns of |x| is
-the order of |x|, also for denormal numbers, which a comparison of floats may flush to
-zero. Every result is exact and the same on every platform and for every sharding.
+Magnitudes are compared as unsigned integers: the bit patterns of |x| order as |x| does,
+also for denormal numbers, which a comparison of floats may flush to zero. Every result
+is exact, and the same on every platform and for every sharding.
 """
 
 import functools
@@ -279,8 +279,7 @@ def _limit(
 def _as_count(k: Any, length: int, shape: tuple[int, ...]) -> jax.Array:
     if length > _ALL:
         raise ValueError(f"order statistics count in 32 bits, not {length} entries")
-    k = jnp.clip(jnp.asarray(k), 0, length).astype(jnp.uint32)
-    return jnp.broadcast_to(k, shape)
+    return jnp.broadcast_to(jnp.clip(k, 0, length).astype(jnp.uint32), shape)
 
 
 def _tree_cutoffs(tree: Any, k: Any, lines: Lines, zero_ties: bool) -> Any:
@@ -396,8 +395,4 @@ def tree_top_mask(tree: Any, k: Any) -> Any:
     >>> mask["a"].tolist(), mask["b"].tolist()
     ([False, True], [True])
     """
-    leaves, treedef = jax.tree.flatten(tree)
-    cutoffs = treedef.flatten_up_to(tree_top_cutoff(tree, k))
-    return treedef.unflatten(
-        [reaches(x, cutoff) for x, cutoff in zip(leaves, cutoffs, strict=True)]
-    )
+    return jax.tree.map(reaches, tree, tree_top_cutoff(tree, k))

@@ -236,17 +236,17 @@ class MaskStatistics(NamedTuple):
 
 @jax.jit
 def _statistics_leaf(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Histogram of counts and sizes of pairwise intersections, one pair at a time."""
     num = mask.shape[0]
     counts = functools.reduce(jnp.add, [mask[t].astype(jnp.int32) for t in range(num)])
-    histogram = [jnp.sum(counts == c, dtype=jnp.uint32) for c in range(num + 1)]
-    both = [
-        [jnp.sum(mask[i] & mask[j], dtype=jnp.uint32) for j in range(i + 1)]
-        for i in range(num)
-    ]
-    rows = [
-        jnp.stack([both[max(i, j)][min(i, j)] for j in range(num)]) for i in range(num)
-    ]
-    return jnp.stack(histogram), jnp.stack(rows)
+
+    def both(pair):
+        return jnp.sum(mask[pair // num] & mask[pair % num], dtype=jnp.uint32)
+
+    histogram = jax.lax.map(
+        lambda c: jnp.sum(counts == c, dtype=jnp.uint32), jnp.arange(num + 1)
+    )
+    return histogram, jax.lax.map(both, jnp.arange(num**2)).reshape(num, num)
 
 
 def mask_statistics(masks: Any) -> MaskStatistics:

@@ -36,7 +36,7 @@ def ties(
       reduce: "disjoint_mean" over the agreeing tasks, "sum" of them, or "mean", their
         sum over the weight of all tasks.
       zero_sign: what an election that ends in zero becomes: "majority", the most
-        common elected sign of the model, or "none", nothing passes.
+        common elected sign of the model (in both scopes), or "none", nothing passes.
 
     Returns:
       Tree with leaves [...] in the dtypes of `taus`.
