@@ -83,7 +83,11 @@ def test_override(path, key, text, wanted):
         ("flag", "maybe", "wants bool"),
         ("optimizer.clip.norm", "big", "wants float"),
         ("seed", "1e999", "wants int"),
-        ("optimizer", "1", "a group; set one of optimizer.clip.norm, optimizer.learning_rate"),
+        (
+            "optimizer",
+            "1",
+            "a group; set one of optimizer.clip.norm, optimizer.learning_rate",
+        ),
         ("seed", 1.5, "wants int"),
     ],
 )
