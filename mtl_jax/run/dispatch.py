@@ -1,0 +1,162 @@
+"""From a config to a run: by the kind of the system it names."""
+
+import copy
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from mtl_jax import catalog, data, report, zoo
+from mtl_jax.data import wheels
+from mtl_jax.run import study as study_lib
+
+Suite = tuple[zoo.Encoder, tuple[zoo.TaskData, ...]]
+
+
+def _minilm(options: dict[str, Any], progress: Any) -> Suite:
+    encoder = zoo.minilm(max_length=options.pop("max_length", None))
+    return encoder, zoo.load_tasks(encoder, **options, progress=progress)
+
+
+def _small_vit(options: dict[str, Any], progress: Any) -> Suite:
+    base = options.pop("base", {})
+    encoder = zoo.small_vit(tasks=tuple(options["names"]), **base, progress=progress)
+    return encoder, zoo.load_tasks(encoder, **options, progress=progress)
+
+
+def _world(options: dict[str, Any], progress: Any) -> Suite:
+    return zoo.world(**options, progress=progress)
+
+
+def _clip(options: dict[str, Any], progress: Any) -> Suite:
+    encoder = zoo.clip(**options.pop("base"))
+    zoo.require_weights(encoder, options["names"])
+    return encoder, zoo.load_tasks(encoder, **options, progress=progress)
+
+
+SUITES: dict[str, Callable[[dict[str, Any], Any], Suite]] = {
+    "clip": _clip,
+    "minilm": _minilm,
+    "small_vit": _small_vit,
+    "world": _world,
+}
+
+
+def _system(config: ConfigDict) -> tuple[catalog.Entry, Any]:
+    entry = catalog.get(config.system)
+    if entry.status != "working":
+        raise ValueError(f"system {entry.name!r} is planned, not yet there to run")
+    return entry, importlib.import_module(entry.module)
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """Plain dicts; tuples stay tuples."""
+    return copy.deepcopy(config.to_dict())
+
+
+def _lookup(kind: str, table: dict[str, Any], name: str) -> Any:
+    if name not in table:
+        raise ValueError(f"{kind} {name!r} does not exist; known: {', '.join(table)}")
+    return table[name]
+
+
+def run(config: ConfigDict, *, workdir: Any, progress: Any) -> report.Report:
+    """Runs an experiment and writes its report to `workdir`.
+
+    Experts and measured accuracies are cached by content, so that a run that was
+    stopped, or is repeated, does only what is left.
+
+    Args:
+      config: names the `system`, the `suite` of tasks, how `experts` are trained and
+        what the `study` compares; see `experiments/configs`.
+      workdir: folder for `report/`, `results.json` and the resolved config.
+      progress: a `report.Progress`.
+
+    Raises:
+      ValueError: on a config that names what does not exist.
+    """
+    entry, module = _system(config)
+    _use_compile_cache()
+    system = module.build(config)
+    make_suite = _lookup("suite", SUITES, config.suite.name)
+    encoder, tasks = make_suite(_plain(config.suite.options), progress)
+    opened = zoo.open_zoo(
+        encoder,
+        tasks,
+        zoo.Settings(**_plain(config.experts)),
+        modes=tuple(config.modes),
+        checkpoint_every=config.get("checkpoint_every"),
+        progress=progress,
+    )
+    document = report.Report(
+        entry.spec.title, config.get("intro", entry.spec.summary), config=_plain(config)
+    )
+    evaluator = zoo.Evaluator(opened, remember=config.remember, progress=progress)
+    study = study_lib.Study(opened, evaluator, config, document, progress)
+    study.run(system)
+    study_lib.write(study, epath.Path(workdir))
+    return document
+
+
+def _use_compile_cache() -> None:
+    """Compiled programs outlive the process, unless the user has chosen otherwise."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(wheels.cache_dir() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def preflight(
+    config: ConfigDict, *, topology: str, mesh: dict[str, int] | None = None
+) -> Any:
+    """Compiles the fine-tuning step of a config for a TPU topology.
+
+    Args:
+      config: an experiment whose suite is made of CLIP towers, whose shapes are known
+        without weights.
+      topology: such as "v5e:4x4".
+      mesh: sizes of the axes; the config's by default.
+
+    Returns:
+      A `train.preflight.PreflightReport`.
+
+    Raises:
+      ValueError: as `train.preflight.preflight`, or for another suite.
+    """
+    from mtl_jax.train import preflight as preflight_lib
+
+    _system(config)
+    if config.suite.name != "clip":
+        raise ValueError(
+            f"preflight: the suite {config.suite.name!r} is meant for a CPU; "
+            "use the variant :paper"
+        )
+    options = _plain(config.suite.options)
+    encoder = zoo.clip(**options["base"])
+    settings = zoo.Settings(**_plain(config.experts))
+    width = max(data.get(name).num_classes for name in options["names"])
+    batch = settings.batch_size
+    features = jax.eval_shape(
+        encoder.features, encoder.params, {"image": _images(encoder, 1)}
+    )
+    head = {
+        "prototypes": jax.ShapeDtypeStruct((width, features.shape[-1]), "float32"),
+        "active": jax.ShapeDtypeStruct((width,), "bool"),
+    }
+    mode = config.modes[-1]
+    return preflight_lib.preflight(
+        zoo.trainable(encoder, head, settings, mode),
+        {
+            "image": _images(encoder, batch),
+            "label": jax.ShapeDtypeStruct((batch,), "int32"),
+        },
+        topology=topology,
+        mesh=mesh or _plain(config.mesh),
+    )
+
+
+def _images(encoder: zoo.Encoder, count: int) -> jax.ShapeDtypeStruct:
+    size = encoder.image_size
+    return jax.ShapeDtypeStruct((count, size, size, 3), "float32")

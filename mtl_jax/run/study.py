@@ -1,0 +1,345 @@
+"""A merging study: every row tuned and measured the same way, then the report."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from mtl_jax import io, report, tree
+from mtl_jax.transforms import merging
+from mtl_jax.zoo import Evaluator, PostHoc, SharedModel, TaskModels, Zoo
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """What was found for one row.
+
+    Attributes:
+      row: the row.
+      chosen: the scale of the model, or one knob per task.
+      grid: what was tried.
+      curve: mean normalised accuracy on validation data over the grid; for task
+        models its best possible counterpart per knob.
+      accuracy: [T] on test data.
+      normalised: [T], accuracy divided by the expert's of the same kind.
+      bits: storage of what serves all tasks.
+      seconds: making, tuning and measuring.
+    """
+
+    row: SharedModel | TaskModels
+    chosen: tuple[float, ...]
+    grid: tuple[float, ...]
+    curve: tuple[float, ...]
+    accuracy: np.ndarray
+    normalised: np.ndarray
+    bits: int
+    seconds: float
+
+
+class Study:
+    """A zoo, its task vectors, and the results so far; what analyses work on.
+
+    Attributes:
+      zoo: experts and tasks.
+      evaluator: accuracy by content.
+      config: the `study` part of the experiment.
+      taus: expert kind -> task vectors with leaves [T, ...].
+      results: row name -> `Result`.
+      report: collects tables and figures.
+      claims: (claim, what was measured, whether it holds).
+      progress: a `report.Progress`.
+    """
+
+    def __init__(
+        self,
+        zoo: Zoo,
+        evaluator: Evaluator,
+        config: ConfigDict,
+        document: report.Report,
+        progress: report.Progress,
+    ):
+        self.zoo = zoo
+        self.evaluator = evaluator
+        self.config = config
+        self.report = document
+        self.progress = progress
+        self.taus = {
+            kind: merging.task_vectors(zoo.base, family)
+            for kind, family in zoo.experts.items()
+        }
+        self.results: dict[str, Result] = {}
+        self.claims: list[tuple[str, str, bool]] = []
+        self._reference: dict[tuple[str, str], np.ndarray] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Task names."""
+        return tuple(task.name for task in self.zoo.tasks)
+
+    @property
+    def chosen(self) -> dict[str, tuple[float, ...]]:
+        """What validation chose, by row."""
+        return {name: result.chosen for name, result in self.results.items()}
+
+    def reference(self, kind: str, split: str) -> np.ndarray:
+        """[T] accuracy of the experts of a kind, each on its own task and space."""
+        if (kind, split) not in self._reference:
+            self._reference[kind, split] = np.array(
+                [
+                    self.evaluator.accuracy(
+                        expert, task, split, linear=kind == "linear"
+                    )
+                    for task, expert in enumerate(self.zoo.experts[kind])
+                ]
+            )
+        return self._reference[kind, split]
+
+    def move(self, delta: chex.ArrayTree, scale: float = 1.0) -> Any:
+        """Trained leaves `base + scale * delta`."""
+        return tree.add_scaled(self.zoo.base, delta, scale)
+
+    def measure(self, trained: Any, split: str, *, linear: bool = False) -> np.ndarray:
+        """[T] accuracy of one model on every task."""
+        return np.array(self.evaluator.accuracies(trained, split, linear=linear))
+
+    def score(
+        self,
+        delta: chex.ArrayTree,
+        scale: float,
+        split: str,
+        tasks: Sequence[int] | None = None,
+        *,
+        kind: str = "standard",
+        linear: bool = False,
+    ) -> float:
+        """Mean normalised accuracy of `base + scale * delta` on some or all tasks."""
+        tasks = range(len(self.zoo.tasks)) if tasks is None else tasks
+        model = self.move(delta, scale)
+        digest = io.digest(model)
+        found = [
+            self.evaluator.accuracy(model, t, split, linear=linear, digest=digest)
+            for t in tasks
+        ]
+        reference = self.reference(kind, split)[list(tasks)]
+        return merging.normalised_accuracy(found, reference)
+
+    def run(self, system: PostHoc) -> None:
+        """Tunes and measures every row in order, then runs the analyses."""
+        with self.progress.task("methods", total=len(system.rows)) as bar:
+            for row in system.rows:
+                with self.progress.task(row.name):
+                    found = (
+                        self._shared(row)
+                        if isinstance(row, SharedModel)
+                        else self._per_task(row)
+                    )
+                self.results[row.name] = found
+                bar.advance(
+                    method=row.name, normalised=float(np.mean(found.normalised))
+                )
+        for analysis in system.analyses:
+            analysis(self)
+
+    def _shared(self, row: SharedModel) -> Result:
+        began = time.monotonic()
+        delta = row.delta(self.taus[row.experts], self.chosen)
+
+        if row.linear and len(row.scales) > 1:
+            score = self._tangent_scores(delta, row).__getitem__
+        else:
+
+            def score(scale: float) -> float:
+                return self.score(
+                    delta, scale, "validation", kind=row.experts, linear=row.linear
+                )
+
+        scale, grid, curve = row.scales[0], row.scales, ()
+        if len(row.scales) > 1:
+            search = merging.scale_search(score, row.scales)
+            scale = search.scale
+            trials = sorted((trial.scale, trial.value) for trial in search.trials)
+            grid, curve = zip(*trials, strict=True)
+        accuracy = self.measure(self.move(delta, scale), "test", linear=row.linear)
+        return self._result(row, (scale,), grid, curve, accuracy, began)
+
+    def _tangent_scores(
+        self, delta: chex.ArrayTree, row: SharedModel
+    ) -> dict[float, float]:
+        """Validation score at every scale and at 0, all from one pass over the rows."""
+        scales = sorted({0.0, *row.scales})
+        found = np.array(
+            [
+                self.evaluator.tangent_accuracies(delta, scales, task, "validation")
+                for task in range(len(self.zoo.tasks))
+            ]
+        )
+        reference = self.reference(row.experts, "validation")
+        return {
+            scale: merging.normalised_accuracy(accuracy, reference)
+            for scale, accuracy in zip(scales, found.T, strict=True)
+        }
+
+    def _per_task(self, row: TaskModels) -> Result:
+        began = time.monotonic()
+        state = row.prepare(self.taus[row.experts], self.chosen)
+        curves, chosen, accuracy = [], [], []
+        reference = self.reference(row.experts, "validation")
+        for task in range(len(self.zoo.tasks)):
+
+            def accurate(knob: float, split: str = "validation", task: int = task):
+                model = self.move(row.delta(state, task, knob))
+                return self.evaluator.accuracy(model, task, split, linear=row.linear)
+
+            knob = row.knobs[0]
+            if len(row.knobs) > 1:
+                found = [accurate(knob) for knob in row.knobs]
+                knob = row.knobs[int(np.argmax(found))]
+                curves.append(np.array(found) / reference[task])
+            chosen.append(knob)
+            accuracy.append(accurate(knob, "test"))
+        curve = tuple(np.mean(curves, 0).tolist()) if curves else ()
+        return self._result(
+            row, tuple(chosen), row.knobs, curve, np.array(accuracy), began
+        )
+
+    def _result(self, row, chosen, grid, curve, accuracy, began) -> Result:
+        reference = self.reference(row.experts, "test")
+        return Result(
+            row=row,
+            chosen=chosen,
+            grid=tuple(grid),
+            curve=curve,
+            accuracy=accuracy,
+            normalised=accuracy / reference,
+            bits=row.bits(
+                len(self.zoo.tasks),
+                tree.size(self.zoo.base),
+                tree.size(self.zoo.frozen),
+            ),
+            seconds=time.monotonic() - began,
+        )
+
+    def claim(self, text: str, measured: str, holds: bool) -> None:
+        """Records a directional claim of the paper and what came of it here."""
+        self.claims.append((text, measured, bool(holds)))
+
+
+def cosine_matrix(taus: chex.ArrayTree) -> np.ndarray:
+    """[T, T] cosines between whole task vectors."""
+    gram = np.asarray(jax.jit(tree.gram)(taus), np.float64)
+    norms = np.sqrt(np.diag(gram))
+    return gram / np.maximum(np.outer(norms, norms), 1e-30)
+
+
+def describe(study: Study) -> None:
+    """The tables and figures every merging study has."""
+    names, results = study.names, study.results
+    study.report.add_table(
+        report.Table(
+            title="Test accuracy",
+            columns=("method", *names, "mean", "normalised", "scale", "storage"),
+            rows=tuple(
+                (
+                    name,
+                    *map(float, r.accuracy),
+                    float(r.accuracy.mean()),
+                    float(r.normalised.mean()),
+                    _scales(r.chosen),
+                    r.bits / 8,
+                )
+                for name, r in results.items()
+            ),
+            formats={
+                **dict.fromkeys((*names, "mean", "normalised"), ".1%"),
+                "storage": "bytes",
+            },
+            best={"normalised": "max"},
+            caption="Scales and knobs chosen on validation rows; storage of all that "
+            "is needed to serve every task, in float32 weights and packed bits.",
+        )
+    )
+    study.report.add_table(
+        report.Table(
+            title="Normalised accuracy (accuracy / accuracy of the task's own expert)",
+            columns=("method", *names, "mean", "seconds"),
+            rows=tuple(
+                (name, *map(float, r.normalised), float(r.normalised.mean()), r.seconds)
+                for name, r in results.items()
+            ),
+            formats={**dict.fromkeys((*names, "mean"), ".1%"), "seconds": ".1f"},
+        )
+    )
+    study.report.add_figure(
+        "Accuracy per task",
+        report.Bars(
+            labels=names,
+            series={name: r.accuracy.tolist() for name, r in results.items()},
+            y_label="test accuracy",
+        ),
+    )
+    _curves(study)
+    for kind, taus in study.taus.items():
+        study.report.add_figure(
+            f"Cosine similarity of task vectors ({kind} experts)",
+            report.Heatmap(
+                rows=names,
+                columns=names,
+                values=cosine_matrix(taus).tolist(),
+                value_range=(-1.0, 1.0),
+            ),
+        )
+
+
+def _scales(chosen: Sequence[float]) -> str:
+    return " ".join(f"{value:g}" for value in chosen)
+
+
+def _curves(study: Study) -> None:
+    """One figure per grid, since curves of a figure share their axis."""
+    by_grid: dict[tuple[float, ...], list[str]] = {}
+    for name, result in study.results.items():
+        if result.curve:
+            by_grid.setdefault(result.grid, []).append(name)
+    for grid, rows in by_grid.items():
+        shared = [n for n in rows if len(study.results[n].chosen) == 1]
+        study.report.add_figure(
+            "Validation score over the scale",
+            report.Lines(
+                x=grid,
+                series={name: study.results[name].curve for name in rows},
+                chosen={name: study.results[name].chosen[0] for name in shared},
+                x_label="scale",
+                y_label="mean normalised accuracy",
+            ),
+        )
+
+
+def add_claims(study: Study) -> None:
+    """The table of directional claims, those that fail included."""
+    if not study.claims:
+        return
+    study.report.add_table(
+        report.Table(
+            title="What the papers claim, and what was measured here",
+            columns=("claim", "measured", "holds"),
+            rows=tuple(study.claims),
+            caption="One seed of one small suite; RESULTS.md has several.",
+        )
+    )
+
+
+def write(study: Study, workdir: epath.Path) -> None:
+    """Adds what every study shows, writes the report, and prints its tables."""
+    analyses, study.report.sections = study.report.sections, []
+    describe(study)
+    add_claims(study)
+    study.report.sections += analyses
+    page = study.report.write(workdir / "report")
+    study.report.print()
+    study.progress.log(f"report: {page}")

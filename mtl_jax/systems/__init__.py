@@ -1,0 +1,1 @@
+"""Published methods, one module each: a SPEC and `build(config)`."""

@@ -1,0 +1,43 @@
+"""Families of experts from one base, cached, and the rows that merge them."""
+
+from mtl_jax.zoo.clip import clip, require_weights
+from mtl_jax.zoo.encoders import Encoder, class_means, minilm, small_vit
+from mtl_jax.zoo.evaluate import Evaluator
+from mtl_jax.zoo.experts import Settings, Zoo, logits_fn, open_zoo, trainable
+from mtl_jax.zoo.rows import (
+    PostHoc,
+    Row,
+    SharedModel,
+    TaskModels,
+    individual,
+    task_delta,
+    zero_shot,
+)
+from mtl_jax.zoo.tasks import TaskData, load_tasks, make_task
+from mtl_jax.zoo.world import world
+
+__all__ = [
+    "Encoder",
+    "Evaluator",
+    "PostHoc",
+    "Row",
+    "Settings",
+    "SharedModel",
+    "TaskData",
+    "TaskModels",
+    "Zoo",
+    "class_means",
+    "clip",
+    "individual",
+    "load_tasks",
+    "logits_fn",
+    "make_task",
+    "minilm",
+    "open_zoo",
+    "require_weights",
+    "small_vit",
+    "task_delta",
+    "trainable",
+    "world",
+    "zero_shot",
+]

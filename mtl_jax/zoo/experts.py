@@ -1,0 +1,273 @@
+"""A family of experts: one fine-tuned model per task, all from one base, cached.
+
+Everything an expert depends on (base weights, data, settings) goes into its address,
+so that any study that asks for the same expert gets it from the cache, and any change
+makes a new one.
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from etils import epath
+
+from mtl_jax import data, io, losses, train
+from mtl_jax.data import wheels
+from mtl_jax.models import heads
+from mtl_jax.train import optim
+from mtl_jax.train import state as train_state
+from mtl_jax.transforms import linearize
+from mtl_jax.zoo.encoders import Encoder
+from mtl_jax.zoo.tasks import TaskData
+
+_FORMAT = 1  # Part of every address: raise it when training changes its meaning.
+MODES = ("standard", "linear")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How experts are trained.
+
+    Attributes:
+      steps: optimizer steps per expert.
+      batch_size: examples per step.
+      optimizer: `name` and `peak` learning rate; `warmup`, a fraction of the steps
+        with a linear rise (default none); `decay`, whether a cosine to zero follows
+        (default) or a constant; and what else `train.optim.optimizer` takes.
+      logit_scale: inverse temperature of the prototype head.
+      seed: of data order.
+    """
+
+    steps: int
+    batch_size: int
+    optimizer: Any
+    logit_scale: float
+    seed: int
+
+
+def make_optimizer(settings: Settings) -> optax.GradientTransformation:
+    """The optimizer of `settings`, its schedule laid over the expert's steps."""
+    options = dict(settings.optimizer)
+    peak, warmup = options.pop("peak"), options.pop("warmup", 0.0)
+    warmup_steps = round(warmup * settings.steps)
+    if options.pop("decay", True):
+        schedule = {"peak": peak, "steps": settings.steps, "warmup_steps": warmup_steps}
+        rate = ("warmup_cosine", schedule)
+    else:
+        rate = ("constant", {"value": peak, "warmup_steps": warmup_steps})
+    return optim.optimizer(options.pop("name"), rate, **options)
+
+
+def logits_fn(encoder: Encoder, settings: Settings, mode: str):
+    """`logits(params, inputs) -> [B, C_max]` for a standard or a tangent expert.
+
+    `params` holds `encoder` (all leaves), `head`, and in linear mode `origin`: the
+    trained leaves of the base, around which the encoder is expanded. Only the
+    encoder is linearised; normalisation and head act on its output.
+    """
+    if mode not in MODES:
+        raise ValueError(f"logits_fn: mode wants one of {MODES}, found {mode!r}")
+
+    def logits(params, inputs):
+        def features(trained, inputs):
+            return encoder.features(train_state.merge(trained, frozen), inputs)
+
+        trained, frozen = encoder.split(params["encoder"])
+        if mode == "linear":
+            features = linearize.taylor1(features, params["origin"])
+        found = heads.prototype_logits(
+            features(trained, inputs),
+            params["head"]["prototypes"],
+            settings.logit_scale,
+        )
+        return jnp.where(params["head"]["active"], found, -1e9)
+
+    return logits
+
+
+def trainable(encoder: Encoder, head: Any, settings: Settings, mode: str):
+    """Fine-tuning of the encoder's trained leaves under a frozen prototype head.
+
+    `init` gives zeros: the base comes as `params` when the trainer is started, and
+    arrays and shapes serve alike for `encoder.params` and `head`.
+    """
+    logits = logits_fn(encoder, settings, mode)
+    origin = {"origin": encoder.split(encoder.params)[0]} if mode == "linear" else {}
+    like = {"encoder": encoder.params, "head": head, **origin}
+
+    def loss_fn(params, batch, key):
+        del key
+        found = logits(params, batch)
+        loss = losses.softmax_cross_entropy(found, batch["label"])
+        correct = jnp.argmax(found, -1) == batch["label"]
+        return jnp.mean(loss), {"accuracy": jnp.mean(correct.astype(jnp.float32))}
+
+    def init(key):
+        del key
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+
+    return train.Trainable(
+        init=init,
+        loss_fn=loss_fn,
+        tx=make_optimizer(settings),
+        rules=(("^head/", jax.sharding.PartitionSpec()), *encoder.rules),
+        frozen=("^head/", *(("^origin/",) if origin else ()), *encoder.frozen),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Zoo:
+    """A base, its tasks, and one expert per task for each mode asked for.
+
+    Attributes:
+      encoder: the encoder with the base weights.
+      settings: how the experts were made.
+      tasks: rows and heads.
+      base: trained leaves of the base; None where a leaf is frozen.
+      frozen: the other leaves.
+      experts: mode -> trained leaves of each expert, in the order of `tasks`.
+      records: one dict per expert: task, mode, seconds, final loss, file.
+      folder: the cache.
+    """
+
+    encoder: Encoder
+    settings: Settings
+    tasks: tuple[TaskData, ...]
+    base: Any
+    frozen: Any
+    experts: Mapping[str, tuple[Any, ...]]
+    records: tuple[dict[str, Any], ...]
+    folder: epath.Path
+
+
+def open_zoo(
+    encoder: Encoder,
+    tasks: Sequence[TaskData],
+    settings: Settings,
+    *,
+    modes: Sequence[str] = ("standard",),
+    checkpoint_every: int | None = None,
+    folder: Any = None,
+    progress: Any,
+) -> Zoo:
+    """Loads the experts, training those that the cache lacks.
+
+    Each expert is written when it is done, so a stopped run loses at most the work on
+    one; with `checkpoint_every` that one goes on from its last checkpoint.
+
+    Args:
+      encoder: base.
+      tasks: rows and heads.
+      settings: see `Settings`.
+      modes: "standard" and/or "linear" (trained in the tangent space of the base).
+      checkpoint_every: steps between checkpoints of an expert in the making.
+      folder: the cache; by default inside the package cache.
+      progress: a `report.Progress`.
+
+    Raises:
+      ValueError: an unknown mode, or a cached file that is damaged.
+    """
+    tasks = tuple(tasks)
+    for mode in modes:
+        if mode not in MODES:
+            raise ValueError(f"open_zoo: modes are {MODES}, found {mode!r}")
+    folder = epath.Path(folder or wheels.cache_dir() / "zoo")
+    base, frozen = encoder.split(encoder.params)
+    base_digest = io.digest(encoder.params)
+    experts: dict[str, tuple[Any, ...]] = {}
+    records = []
+    with progress.task("experts", total=len(tasks) * len(modes)) as bar:
+        for mode in modes:
+            trainer, family = None, []
+            for task in tasks:
+                address = _address(encoder, base_digest, task, settings, mode)
+                path = folder / f"{mode}-{task.name}-{address}.safetensors"
+                if not path.exists():
+                    if trainer is None:
+                        trainer = train.Trainer(
+                            trainable(encoder, task.head, settings, mode)
+                        )
+                    _train_expert(
+                        trainer,
+                        encoder,
+                        task,
+                        settings,
+                        mode,
+                        path,
+                        checkpoint_every,
+                        progress,
+                    )
+                leaves, record = io.load_tree(path, like=base)
+                family.append(leaves)
+                records.append(record)
+                bar.advance(task=task.name)
+            experts[mode] = tuple(family)
+    return Zoo(
+        encoder=encoder,
+        settings=settings,
+        tasks=tasks,
+        base=base,
+        frozen=frozen,
+        experts=experts,
+        records=tuple(records),
+        folder=folder,
+    )
+
+
+def _address(encoder, base_digest, task, settings, mode) -> str:
+    identity = {
+        "format": _FORMAT,
+        "encoder": encoder.name,
+        "frozen": list(encoder.frozen),
+        "base": base_digest,
+        "task": task.name,
+        "data": task.digests["train"],
+        "mode": mode,
+        "settings": dataclasses.asdict(settings),
+    }
+    text = json.dumps(identity, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _train_expert(
+    trainer, encoder, task, settings, mode, path, checkpoint_every, progress
+) -> None:
+    """One expert, from the base, written with its record."""
+    params = {"encoder": encoder.params, "head": task.head}
+    if mode == "linear":
+        params["origin"] = encoder.split(encoder.params)[0]
+    batches = data.pipeline(
+        data.ArraySource(task.splits["train"]),
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+    )
+    workdir = path.parent / f".{path.name}.run"
+    began = time.monotonic()
+    with progress.task(f"fine-tune {task.name} ({mode})", total=settings.steps) as bar:
+        result = trainer.fit(
+            batches.__getitem__,
+            steps=settings.steps,
+            seed=settings.seed,
+            params=params,
+            workdir=workdir if checkpoint_every else None,
+            checkpoint_every=checkpoint_every,
+            progress=bar,
+        )
+    trained, _ = encoder.split(result.params["encoder"])
+    record = {
+        "task": task.name,
+        "mode": mode,
+        "steps": settings.steps,
+        "seconds": round(time.monotonic() - began, 1),
+        "final_loss": result.history[-1]["loss"],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    io.save_tree(path, trained, record)
+    if checkpoint_every:
+        workdir.rmtree()

@@ -1,0 +1,123 @@
+"""What a merging method is to a study: rows that turn task vectors into models.
+
+A row is one line of the table that compares methods. It says how to get from the
+task vectors of the experts to the difference that is added to the base, and which
+settings may be tuned on validation data; the study does the rest, the same for all.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import chex
+import jax
+
+Chosen = Mapping[str, tuple[float, ...]]
+"""What validation chose for the rows before: one scale per model of that row."""
+
+
+def _shared_bits(num_tasks: int, trained: int, frozen: int) -> int:
+    """One model of float32 weights."""
+    del num_tasks
+    return 32 * (trained + frozen)
+
+
+def _individual_bits(num_tasks: int, trained: int, frozen: int) -> int:
+    """One set of trained weights per task, the frozen ones once."""
+    return 32 * (num_tasks * trained + frozen)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SharedModel:
+    """One model for all tasks: `base + scale * delta(taus, chosen)`.
+
+    Attributes:
+      name: unique in the study.
+      delta: `delta(taus, chosen) -> params-shaped tree`; taus have leaves [T, ...],
+        `chosen` holds the scales of the rows before this one.
+      scales: grid; the scale with the best mean normalised accuracy on validation
+        data is used. A single value is used as it is.
+      bits: `bits(T, trained, frozen) -> int`, storage of what serves all tasks.
+      linear: evaluate in the tangent space of the base model.
+      experts: which set of experts the task vectors come from.
+    """
+
+    name: str
+    delta: Callable[[chex.ArrayTree, Chosen], chex.ArrayTree]
+    scales: tuple[float, ...] = (1.0,)
+    bits: Callable[[int, int, int], int] = _shared_bits
+    linear: bool = False
+    experts: str = "standard"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskModels:
+    """One model per task: `base + delta(prepare(taus, chosen), task, knob)`.
+
+    Attributes:
+      name: unique in the study.
+      prepare: `prepare(taus, chosen) -> state`, what all tasks and knobs share.
+      delta: `delta(state, task, knob) -> params-shaped tree`.
+      knobs: grid of a setting that is chosen per task, by that task's accuracy on
+        validation data.
+      bits: storage of what serves all tasks.
+      linear: evaluate in the tangent space of the base model.
+      experts: which set of experts the task vectors come from.
+    """
+
+    name: str
+    prepare: Callable[[chex.ArrayTree, Chosen], Any]
+    delta: Callable[[Any, int, float], chex.ArrayTree]
+    knobs: tuple[float, ...] = (1.0,)
+    bits: Callable[[int, int, int], int] = _individual_bits
+    linear: bool = False
+    experts: str = "standard"
+
+
+Row = SharedModel | TaskModels
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PostHoc:
+    """A system that edits trained parameters.
+
+    Attributes:
+      rows: the lines of the comparison, in order; a row may use what was chosen for
+        the rows above it.
+      analyses: `analysis(study) -> None`, called in order after the table; each adds
+        its own sections to `study.report`.
+    """
+
+    rows: tuple[Row, ...]
+    analyses: tuple[Callable[[Any], None], ...] = ()
+
+    def __post_init__(self):
+        names = [row.name for row in self.rows]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"PostHoc: rows wants unique names, found {twice} twice")
+
+
+def individual(name: str = "fine-tuned", **options: Any) -> TaskModels:
+    """The experts themselves, one per task: the reference for normalised accuracy."""
+    return TaskModels(
+        name=name,
+        prepare=lambda taus, chosen: taus,
+        delta=lambda taus, task, knob: task_delta(taus, task),
+        **options,
+    )
+
+
+def zero_shot(name: str = "zero-shot", **options: Any) -> SharedModel:
+    """The base model as it is."""
+    return SharedModel(
+        name=name,
+        delta=lambda taus, chosen: task_delta(taus, 0),
+        scales=(0.0,),
+        **options,
+    )
+
+
+def task_delta(tree: chex.ArrayTree, task: int) -> chex.ArrayTree:
+    """One task of a task tree."""
+    return jax.tree.map(lambda x: x[task], tree)
