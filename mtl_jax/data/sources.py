@@ -75,7 +75,8 @@ def load_source(
     """A split of a task, as a sequence of raw elements.
 
     Package-backed tasks are prepared on first use. The papers' vision sets are
-    never downloaded here.
+    never downloaded here: TFDS prepares them elsewhere (for some of them with
+    TensorFlow), and reading them needs none.
 
     Args:
       task_name: registry name.

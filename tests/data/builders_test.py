@@ -343,3 +343,44 @@ def test_real_packages(name, available, tmp_path):
     field = data.get(name).kind
     contents = [{bytes(np.asarray(e[field])) for e in s} for s in found]
     assert sum(map(len, contents)) == len(set().union(*contents))
+
+
+def test_a_prepared_paper_set_is_read_with_its_split_rule(tmp_path):
+    """Files as TFDS would have left them, written by a stand-in of the same name."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    pil = pytest.importorskip("PIL.Image")
+    real = tfds.builder("mnist", data_dir=tmp_path)
+
+    class Mnist(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = real.version
+        code_path = None
+
+        def _info(self):
+            features = tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(28, 28, 1)),
+                    "label": tfds.features.ClassLabel(num_classes=10),
+                }
+            )
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager):
+            return {name: self._generate_examples(20) for name in ("train", "test")}
+
+        def _generate_examples(self, count):
+            for i in range(count):
+                image = io.BytesIO()
+                pil.fromarray(np.full((28, 28), i, np.uint8)).save(image, "png")
+                image.seek(0)
+                yield i, {"image": image, "label": i % 10}
+
+    Mnist(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    train = data.load_source("mnist", "train", tmp_path)
+    held_out = data.load_source("mnist", "validation", tmp_path)
+    assert (len(train), len(held_out)) == (18, 2)
+    values = {int(e["image"][0, 0, 0]) for s in (train, held_out) for e in s}
+    assert values == set(range(20))
+    batch = data.evaluation(
+        train, batch_size=4, transform=data.transform("mnist", size=32)
+    )[0]
+    assert batch["image"].shape == (4, 32, 32, 3)
