@@ -114,7 +114,10 @@ def _override(config: ConfigDict, key: str, text: Any) -> None:
         if not isinstance(node, ConfigDict) or part not in node:
             every = list(_leaves(config))
             near = difflib.get_close_matches(key, every, n=5, cutoff=0.5)
-            near = near or [name for name in every if name.split(".")[-1] == last]
+            ends = [name.split(".")[-1] for name in every]
+            alike = difflib.get_close_matches(last, ends, n=5, cutoff=0.7)
+            near += [n for n, e in zip(every, ends, strict=True) if e in alike]
+            near = list(dict.fromkeys(near))[:5]
             hint = ", ".join(near or every[:10])
             raise ValueError(f"--config.{key}: no such key; near it: {hint}")
         parent, node = node, node[part]

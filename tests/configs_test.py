@@ -77,6 +77,7 @@ def test_override(path, key, text, wanted):
     [
         ("sed", "1", "config.sed: no such key; near it: seed"),
         ("learning_rate", "1", "near it: optimizer.learning_rate"),
+        ("warmpu", "1", "near it: optimizer.warmup$"),
         ("seed.x", "1", "no such key"),
         ("seed", "1.5", "wants int, as 0; found '1.5'"),
         ("seed", "x", "wants int"),
