@@ -134,12 +134,22 @@ def test_pure_layers_import_little():
     assert not problems
 
 
+def spec_lines(path):
+    """Length of the statement `SPEC = ...`, which is data and not counted."""
+    for node in parse(path).body:
+        match node:
+            case ast.Assign(targets=[ast.Name(id="SPEC")]):
+                return node.end_lineno - node.lineno + 1
+    return 0
+
+
 def test_systems_stand_alone():
     for path in PACKAGE:
         if layer_of(path) == "systems" and path.stem != "__init__":
             assert "systems" not in set(own_layers(path)), name_of(path)
             length = len(path.read_text(encoding="utf-8").splitlines())
-            assert length <= 200, f"{name_of(path)}: {length} lines"
+            length -= spec_lines(path)
+            assert length <= 200, f"{name_of(path)}: {length} lines beside SPEC"
 
 
 def test_forbidden_names():
