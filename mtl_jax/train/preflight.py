@@ -1,12 +1,13 @@
 """Compiles the train step for a TPU that is not there, and says whether it fits."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -178,7 +179,8 @@ def _compile(trainer: Trainer, batch: Any) -> dict[str, Any]:
     lowered = trainer.compiled_step.lower(trainer.abstract_state, batch)
     start = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        with _without_cache():
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -200,6 +202,22 @@ def _compile(trainer: Trainer, batch: Any) -> dict[str, Any]:
         "collectives": collectives(compiled.as_text()),
         "compile_seconds": seconds,
     }
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """JAX's cache takes a program for an absent device but cannot read it back."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    config: Any = jax.config
+    before = config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def _devices(topology: str) -> list[Any]:

@@ -68,12 +68,6 @@ def test_schedule_by_name_inside_an_optimizer():
     np.testing.assert_array_equal(updates["bias"], -0.25)
 
 
-def test_trains_with_frozen_leaves(toy, one_device):
-    tx = train.optimizer("adamw", 1e-2, clip_norm=1.0, no_decay=("bias",))
-    trainer = train.Trainer(toy.trainable(tx=tx), mesh=one_device)
-    assert int(trainer.fit(toy.batches, steps=2).state.step) == 2
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from mtl_jax import train
-from mtl_jax.train import preflight as preflight_fn
+from mtl_jax.train import preflight as preflight_lib
+from mtl_jax.train.preflight import preflight
 
 L, D, H = 3, 128, 256
 
@@ -67,7 +68,7 @@ needs_libtpu = pytest.mark.skipif(
 @needs_libtpu
 @pytest.mark.parametrize("topology", ["v5e:1x1", "v5e:2x2"])
 def test_a_small_step_fits(topology):
-    report = train.preflight(TRAINABLE, batch(64), topology=topology)
+    report = preflight(TRAINABLE, batch(64), topology=topology)
     devices = {"v5e:1x1": 1, "v5e:2x2": 4}[topology]
     assert report.fits and report.error is None
     assert report.num_devices == devices
@@ -93,7 +94,7 @@ def test_a_small_step_fits(topology):
 @pytest.mark.tpu
 @needs_libtpu
 def test_a_step_that_does_not_fit_is_reported_with_both_numbers():
-    report = train.preflight(TRAINABLE, batch(2**24), topology="v5e:1x1")
+    report = preflight(TRAINABLE, batch(2**24), topology="v5e:1x1")
     assert not report.fits
     assert "RESOURCE_EXHAUSTED" in report.error
     assert report.hbm_needed > report.hbm_available
@@ -114,14 +115,35 @@ def test_a_step_that_does_not_fit_is_reported_with_both_numbers():
 )
 def test_bad_topologies_and_meshes(options, message):
     with pytest.raises(ValueError, match=message):
-        train.preflight(TRAINABLE, batch(64), **options)
+        preflight(TRAINABLE, batch(64), **options)
+
+
+@pytest.mark.tpu
+@needs_libtpu
+def test_twice_is_the_same_and_leaves_the_compile_cache_alone(tmp_path):
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        for name, value in zip(names, (str(tmp_path), 0.0), strict=True):
+            jax.config.update(name, value)
+        first, second = (
+            dataclasses.replace(
+                preflight(TRAINABLE, batch(32), topology="v5e:1x1"), compile_seconds=0.0
+            )
+            for _ in range(2)
+        )
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+    assert first == second
+    assert not [path for path in tmp_path.iterdir() if "step" in path.name]
 
 
 @pytest.mark.tpu
 @needs_libtpu
 def test_batch_must_divide():
     with pytest.raises(ValueError, match="'label' has 6 examples"):
-        train.preflight(TRAINABLE, batch(6), topology="v5e:2x2")
+        preflight(TRAINABLE, batch(6), topology="v5e:2x2")
 
 
 @pytest.mark.fast
@@ -129,14 +151,14 @@ def test_batch_must_divide():
 def test_malformed_topologies_need_no_compiler(topology, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="wanted a form such as v5e:4x4"):
-        train.preflight(TRAINABLE, batch(64), topology=topology)
+        preflight(TRAINABLE, batch(64), topology=topology)
 
 
 @pytest.mark.fast
 def test_missing_compiler_is_said_plainly(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install libtpu"):
-        train.preflight(TRAINABLE, batch(64))
+        preflight(TRAINABLE, batch(64))
 
 
 @pytest.mark.fast
@@ -149,16 +171,13 @@ def test_missing_compiler_is_said_plainly(monkeypatch):
     ],
 )
 def test_memory_numbers_of_the_compiler(text, numbers):
-    import sys
-
-    module = sys.modules["mtl_jax.train.preflight"]
-    assert module._needed(text) == tuple(int(n * 2**30) for n in numbers)
-    assert module._needed("something else") == (None, None)
+    assert preflight_lib._needed(text) == tuple(int(n * 2**30) for n in numbers)
+    assert preflight_lib._needed("something else") == (None, None)
 
 
 @pytest.mark.fast
 def test_lower_bounds_and_unknown_sizes_show_in_the_text():
-    report = train.PreflightReport(
+    report = preflight_lib.PreflightReport(
         topology="v5e:1x1",
         device_kind="TPU",
         num_devices=1,
@@ -173,4 +192,3 @@ def test_lower_bounds_and_unknown_sizes_show_in_the_text():
     text = report.to_text()
     assert "at least 10" in text and "unknown needed of unknown" in text
     assert dataclasses.replace(report, while_loops=0).to_text().count("at least") == 0
-    assert callable(preflight_fn)

@@ -200,3 +200,9 @@ def test_merged_parameters_have_the_users_structure(toy, trainer):
     state = trainer.init_state(1)
     whole = merge(state.params, state.frozen)
     assert jax.tree.structure(whole) == jax.tree.structure(toy.init(jax.random.key(0)))
+
+
+def test_clipping_and_decay_masks_take_frozen_leaves(toy, one_device):
+    tx = train.optimizer("adamw", 1e-2, clip_norm=1.0, no_decay=("bias",))
+    trainer = train.Trainer(toy.trainable(tx=tx), mesh=one_device)
+    assert int(trainer.fit(toy.batches, steps=2).state.step) == 2
