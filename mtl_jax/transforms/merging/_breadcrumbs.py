@@ -19,9 +19,9 @@ def _per_leaf(fn_name: str, name: str, value: PerLeaf, taus: Any) -> list[float]
     """One number per leaf, from a number, a function of the path, or a tree."""
     names = tree.paths(taus)
     if callable(value):
-        return [value(path) for path in names]
+        return [float(value(path)) for path in names]
     if isinstance(value, (int, float)):
-        return [value] * len(names)
+        return [float(value)] * len(names)
     if jax.tree.structure(value) != jax.tree.structure(taus):
         raise ValueError(
             f"{fn_name}: {name} is neither a number, nor a function of the leaf's "
