@@ -7,6 +7,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -27,3 +28,43 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("mtl_jax")
+
+
+@pytest.fixture(scope="session")
+def quiet():
+    """Progress that nobody sees."""
+    import io
+
+    from mtl_jax import report
+
+    return report.Progress(stream=io.StringIO(), terminal=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_suite(quiet):
+    """Encoder and three tasks of a very small synthetic world."""
+    from mtl_jax import zoo
+
+    sizes = {"tasks": 3, "hidden": 16, "pretrain_steps": 20, "sizes": (64, 32, 32)}
+    return zoo.world(**sizes, seed=0, progress=quiet)
+
+
+@pytest.fixture(scope="session")
+def tiny_zoo(tiny_suite, quiet, tmp_path_factory):
+    """Standard and linear experts of that world."""
+    from mtl_jax import zoo
+
+    settings = zoo.Settings(
+        steps=10,
+        batch_size=16,
+        optimizer={"name": "adam", "peak": 2e-3, "decay": False},
+        logit_scale=16.0,
+        seed=0,
+    )
+    return zoo.open_zoo(
+        *tiny_suite,
+        settings,
+        modes=("standard", "linear"),
+        folder=tmp_path_factory.mktemp("zoo"),
+        progress=quiet,
+    )

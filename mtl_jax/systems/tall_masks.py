@@ -88,22 +88,21 @@ def _chosen_masks(taus, merged, chosen):
 
 
 def _magnitude(source) -> zoo.TaskModels:
-    """The paper's baseline: the largest entries of tau_t, as many as TALL keeps."""
+    """The paper's baseline: the largest of tau_t, as many as TALL keeps on average."""
 
     def prepare(taus, chosen):
         merged = merging.task_arithmetic(taus)
         masks = _chosen_masks(taus, merged, chosen[source])
-        return taus, merged, merging.mask_statistics(masks).density
-
-    def delta(state, task, knob):
-        del knob
-        taus, merged, density = state
-        one = zoo.task_delta(taus, slice(task, task + 1))
-        mask = merging.magnitude_masks(one, density=float(density[task]))
-        return merging.restore_delta(merged, zoo.task_delta(mask, 0))
+        density = float(merging.mask_statistics(masks).density.mean())
+        return merged, merging.magnitude_masks(taus, density=density)
 
     return zoo.TaskModels(
-        name="magnitude masks", prepare=prepare, delta=delta, bits=_tall_bits
+        name="magnitude masks",
+        prepare=prepare,
+        delta=lambda state, task, knob: merging.restore_delta(
+            state[0], zoo.task_delta(state[1], task)
+        ),
+        bits=_tall_bits,
     )
 
 

@@ -1,0 +1,53 @@
+import jax
+import numpy as np
+import pytest
+from mtl_jax import tree, zoo
+
+pytestmark = pytest.mark.fast
+
+
+def _manual(world, trained, task):
+    """Accuracy by NumPy, from the features up."""
+    encoder, data = world.encoder, world.tasks[task]
+    features = np.asarray(encoder.features(trained, data.splits["test"]))
+    scores = features @ np.asarray(data.head["prototypes"]).T
+    return float(np.mean(scores.argmax(1) == data.splits["test"]["label"]))
+
+
+def test_accuracy_counts_every_row_once(tiny_zoo, quiet):
+    evaluator = zoo.Evaluator(tiny_zoo, remember=False, progress=quiet)
+    for task, expert in enumerate(tiny_zoo.experts["standard"]):
+        found = evaluator.accuracy(expert, task, "test")
+        assert found == pytest.approx(_manual(tiny_zoo, expert, task))
+
+
+def test_answers_are_remembered_by_content(tiny_zoo, quiet):
+    first = zoo.Evaluator(tiny_zoo, progress=quiet)
+    want = first.accuracies(tiny_zoo.base, "validation")
+    with open(tiny_zoo.folder / "evaluations.jsonl", "a") as file:
+        file.write('{"cut sho')
+    second = zoo.Evaluator(tiny_zoo, progress=quiet)
+    assert second.accuracies(tiny_zoo.base, "validation") == want
+    assert second.computed == 0
+    moved = tree.add_scaled(tiny_zoo.base, tiny_zoo.base, 0.5)
+    second.accuracies(moved, "validation")
+    assert second.computed == 3
+
+
+def test_tangent_sweep_equals_one_model_at_a_time(tiny_zoo, quiet):
+    evaluator = zoo.Evaluator(tiny_zoo, remember=False, progress=quiet)
+    expert = tiny_zoo.experts["linear"][0]
+    delta = jax.tree.map(lambda a, b: a - b, expert, tiny_zoo.base)
+    scales = (0.0, 0.5, 1.0)
+    swept = evaluator.tangent_accuracies(delta, scales, 0, "test")
+    for scale, found in zip(scales, swept, strict=True):
+        model = tree.add_scaled(tiny_zoo.base, delta, scale)
+        want = evaluator.accuracy(model, 0, "test", linear=True)
+        assert found == pytest.approx(want, abs=1 / 32)
+
+
+def test_tangent_space_meets_weight_space_at_the_base(tiny_zoo, quiet):
+    evaluator = zoo.Evaluator(tiny_zoo, remember=False, progress=quiet)
+    plain = evaluator.predict(tiny_zoo.base, 0, "test")
+    linear = evaluator.predict(tiny_zoo.base, 0, "test", linear=True)
+    np.testing.assert_array_equal(plain, linear)

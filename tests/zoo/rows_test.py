@@ -1,0 +1,25 @@
+import jax.numpy as jnp
+import pytest
+from mtl_jax import zoo
+
+pytestmark = pytest.mark.fast
+
+
+def test_rows_have_unique_names():
+    with pytest.raises(ValueError, match=r"unique names, found \['zero-shot'\] twice"):
+        zoo.PostHoc(rows=(zoo.zero_shot(), zoo.individual(), zoo.zero_shot()))
+
+
+def test_individual_and_zero_shot_are_the_ends():
+    taus = {"w": jnp.array([[1.0, 2.0], [3.0, 4.0]])}
+    row = zoo.individual()
+    state = row.prepare(taus, {})
+    assert row.delta(state, 1, 1.0)["w"].tolist() == [3.0, 4.0]
+    shared = zoo.zero_shot()
+    assert shared.scales == (0.0,)
+    assert shared.delta(taus, {})["w"].shape == (2,)
+
+
+def test_storage_counts_trained_weights_once_per_model():
+    assert zoo.zero_shot().bits(8, 10, 3) == 32 * 13
+    assert zoo.individual().bits(8, 10, 3) == 32 * 83

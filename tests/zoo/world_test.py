@@ -1,0 +1,39 @@
+import numpy as np
+import pytest
+from mtl_jax import data, zoo
+
+pytestmark = pytest.mark.fast
+
+
+def test_heads_are_unit_and_rows_are_apart(tiny_suite):
+    encoder, tasks = tiny_suite
+    assert [task.name for task in tasks] == ["task0", "task1", "task2"]
+    for task in tasks:
+        norms = np.linalg.norm(task.head["prototypes"], axis=1)
+        np.testing.assert_allclose(norms, 1.0, rtol=1e-5)
+        rows = [task.splits[s]["inputs"] for s in ("train", "validation", "test")]
+        assert not np.array_equal(rows[0][:32], rows[1][:32])
+        assert not np.array_equal(rows[1], rows[2])
+    with pytest.raises(ValueError, match="no prototypes for the task 'digits'"):
+        encoder.prototypes(data.get("digits"), {})
+
+
+def test_features_are_unit(tiny_suite):
+    encoder, tasks = tiny_suite
+    found = encoder.features(encoder.params, tasks[0].splits["test"])
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, rtol=1e-5)
+
+
+def test_world_is_cached_by_its_settings(tiny_suite, quiet):
+    encoder, _ = tiny_suite
+    again, _ = zoo.world(**TINY, progress=quiet)
+    assert again.name == encoder.name
+
+
+TINY = {
+    "tasks": 3,
+    "hidden": 16,
+    "pretrain_steps": 20,
+    "sizes": (64, 32, 32),
+    "seed": 0,
+}
