@@ -1,5 +1,7 @@
 """Definition of `tall_pack` in plain jax.numpy."""
 
+import functools
+
 import chex
 import jax.numpy as jnp
 
@@ -12,10 +14,8 @@ def tall_pack(
     """(merged [n], packed [L, T, ceil(n / 8)], counts [L, n]) of taus [T, n]."""
     taus = taus.astype(jnp.float32)
     if merged is None:
-        merged = taus[0]
-        for tau in taus[1:]:
-            merged = merged + tau
-    merged = merged.astype(jnp.float32)
+        merged = functools.reduce(jnp.add, taus)
+    merged = jnp.asarray(merged, jnp.float32)
     own, others = jnp.abs(taus), jnp.abs(merged[None] - taus)
     packed, counts = [], []
     for scale in scales:
