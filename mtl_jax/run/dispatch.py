@@ -9,7 +9,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from mtl_jax import catalog, data, report, zoo
+from mtl_jax import catalog, data, report, train, zoo
 from mtl_jax.data import wheels
 from mtl_jax.run import study as study_lib
 
@@ -79,6 +79,7 @@ def run(config: ConfigDict, *, workdir: Any, progress: Any) -> report.Report:
       ValueError: on a config that names what does not exist.
     """
     entry, module = _system(config)
+    train.initialize()
     _use_compile_cache()
     system = module.build(config)
     make_suite = _lookup("suite", SUITES, config.suite.name)
@@ -103,7 +104,7 @@ def run(config: ConfigDict, *, workdir: Any, progress: Any) -> report.Report:
 
 def _use_compile_cache() -> None:
     """Compiled programs outlive the process, unless the user has chosen otherwise."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         jax.config.update("jax_compilation_cache_dir", str(wheels.cache_dir() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

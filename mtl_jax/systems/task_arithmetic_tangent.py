@@ -156,18 +156,18 @@ def _negation(study) -> None:
 def _disentanglement(study) -> None:
     """Error maps of one pair of tasks, in weight space and in tangent space."""
     config, evaluator = study.config.study, study.evaluator
-    pair = [study.names.index(name) for name in config.pair]
+    a, b = (study.names.index(name) for name in config.pair)
     alphas = list(config.alphas)
     centre = {}
     for kind, linear in (("standard", False), ("linear", True)):
-        taus = [zoo.task_delta(study.taus[kind], t) for t in pair]
-        predict = tuple(evaluator.logits_of(t, linear=linear) for t in pair)
         with study.progress.task(f"disentanglement ({kind})"):
             error = linearize.disentanglement_error(
-                predict,
+                (evaluator.logits_of(a, linear), evaluator.logits_of(b, linear)),
                 study.zoo.base,
-                *taus,
-                *(evaluator.batches(t, "validation") for t in pair),
+                zoo.task_delta(study.taus[kind], a),
+                zoo.task_delta(study.taus[kind], b),
+                evaluator.batches(a, "validation"),
+                evaluator.batches(b, "validation"),
                 alphas,
             )
         centre[kind] = float(error[-1, -1])

@@ -43,7 +43,7 @@ def clip(
         return module.init(key, jnp.zeros(shape))["params"]
 
     def features(params, batch):
-        found = module.apply({"params": params}, batch["image"])
+        found = jnp.asarray(module.apply({"params": params}, batch["image"]))
         return heads.l2_normalize(found.astype(jnp.float32))
 
     def prototypes(task, rows):

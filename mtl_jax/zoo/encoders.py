@@ -200,6 +200,10 @@ def _learn_rotations(features, init, tasks, steps, batch_size, seed, path, bar):
         seed=seed,
     )
 
+    def images(step):
+        rows: Any = mixed[step]
+        return {"image": rows["image"]}
+
     def loss_fn(params, batch, key):
         del key
         turned = jnp.concatenate(
@@ -232,7 +236,7 @@ def _learn_rotations(features, init, tasks, steps, batch_size, seed, path, bar):
         ),
     )
     result = train.Trainer(trainable).fit(
-        lambda step: {"image": mixed[step]["image"]},
+        images,
         steps=steps,
         seed=seed,
         workdir=path.with_suffix(".run"),

@@ -57,7 +57,7 @@ class Evaluator:
         """All leaves of the encoder, from its trained ones."""
         return train_state.merge(trained, self.zoo.frozen)
 
-    def logits_of(self, task: int, *, linear: bool = False) -> Any:
+    def logits_of(self, task: int, linear: bool = False) -> Any:
         """`logits(trained, batch) -> [B, C]` with the head of one task."""
         mode = "linear" if linear else "standard"
         logits = experts.logits_fn(self.zoo.encoder, self.zoo.settings, mode)

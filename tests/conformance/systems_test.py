@@ -5,6 +5,7 @@ import json
 import pathlib
 
 import pytest
+
 from mtl_jax import catalog, configs, run
 
 ROOT = pathlib.Path(__file__).parents[2]

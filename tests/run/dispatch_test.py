@@ -1,4 +1,5 @@
 import pytest
+
 from mtl_jax import configs, run
 
 pytestmark = pytest.mark.fast

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+
 from mtl_jax import report, zoo
 from mtl_jax.run import study as study_lib
 from mtl_jax.transforms import merging

@@ -1,5 +1,6 @@
 import jax
 import pytest
+
 from mtl_jax import zoo
 
 pytestmark = pytest.mark.fast

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from mtl_jax import data, zoo
 from mtl_jax.data import packages, wheels
 

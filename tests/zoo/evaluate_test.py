@@ -1,6 +1,7 @@
 import jax
 import numpy as np
 import pytest
+
 from mtl_jax import tree, zoo
 
 pytestmark = pytest.mark.fast

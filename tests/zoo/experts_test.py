@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from mtl_jax import losses, train, tree, zoo
 from mtl_jax.zoo import experts
 

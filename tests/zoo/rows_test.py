@@ -1,5 +1,6 @@
 import jax.numpy as jnp
 import pytest
+
 from mtl_jax import zoo
 
 pytestmark = pytest.mark.fast

@@ -1,6 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from mtl_jax import zoo
 
 pytestmark = pytest.mark.fast

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from mtl_jax import data, zoo
 
 pytestmark = pytest.mark.fast
