@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.core
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu")
 
