@@ -112,7 +112,7 @@ def _use_compile_cache() -> None:
 def preflight(
     config: ConfigDict, *, topology: str, mesh: dict[str, int] | None = None
 ) -> Any:
-    """Compiles the fine-tuning step of a config for a TPU topology.
+    """Compiles the fine-tuning step of a config, and all kernels, for a TPU topology.
 
     Args:
       config: an experiment whose suite is made of CLIP towers, whose shapes are known
@@ -155,6 +155,7 @@ def preflight(
         },
         topology=topology,
         mesh=mesh or _plain(config.mesh),
+        with_kernels=True,
     )
 
 

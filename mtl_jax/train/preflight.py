@@ -7,12 +7,14 @@ import math
 import os
 import re
 import time
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mtl_jax import kernels
 from mtl_jax.train import sharding
 from mtl_jax.train.flops import count_flops
 from mtl_jax.train.hlo import Collective, collectives
@@ -57,6 +59,7 @@ class PreflightReport:
         marked, not how often.
       compile_seconds: wall-clock time of the compiler on this machine.
       error: the compiler's message when the step does not fit.
+      kernels: name -> what became of compiling it, for every Pallas kernel.
     """
 
     topology: str
@@ -77,6 +80,7 @@ class PreflightReport:
     collectives: tuple[Collective, ...] = ()
     compile_seconds: float = 0.0
     error: str | None = None
+    kernels: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -114,7 +118,10 @@ class PreflightReport:
         for c in self.collectives:
             shape = f"{c.dtype}{list(c.shape)}".replace(" ", "")
             star = "*" if c.in_loop else " "
-            lines.append(f"  {star}{c.count:4d} x {c.kind:20s} {shape:28s} {c.groups}")
+            lines.append(
+                f"  {star}{c.count:4d} x {c.kind:20s} {shape:28s} {_short(c.groups)}"
+            )
+        lines += [f"kernel       {name}: {text}" for name, text in self.kernels.items()]
         if self.error:
             lines.append(f"compiler     {self.error}")
         return "\n".join(lines)
@@ -128,6 +135,7 @@ def preflight(
     mesh: Mapping[str, int] | None = None,
     accumulate: int = 1,
     ema: float | None = None,
+    with_kernels: bool = False,
 ) -> PreflightReport:
     """Compiles the very step the trainer runs, ahead of time, for a TPU topology.
 
@@ -141,6 +149,7 @@ def preflight(
       mesh: sizes of the mesh axes, `{"data": -1, "model": 1}` by default.
       accumulate: as in `Trainer`.
       ema: as in `Trainer`.
+      with_kernels: also compile every Pallas kernel, for one chip.
 
     Returns:
       The report. A step that does not fit is a report too, with `fits=False`.
@@ -171,6 +180,7 @@ def preflight(
         "flops": flops.total,
         "while_loops": flops.while_loops,
         "hbm_available": nominal,
+        "kernels": _compile_kernels(devices) if with_kernels else {},
     }
     return PreflightReport(**(known | _compile(trainer, batch)))
 
@@ -202,6 +212,22 @@ def _compile(trainer: Trainer, batch: Any) -> dict[str, Any]:
         "collectives": collectives(compiled.as_text()),
         "compile_seconds": seconds,
     }
+
+
+def _compile_kernels(devices: list[Any]) -> dict[str, str]:
+    """Kernel -> "N shapes compiled", or the first line of what went wrong."""
+    chip, found = types.SimpleNamespace(devices=devices), {}
+    for name, compile_for in kernels.list_kernels().items():
+        start = time.perf_counter()
+        try:
+            with _without_cache():
+                cases = compile_for(chip)
+        except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+            found[name] = f"FAILED: {str(error).splitlines()[0][:200]}"
+            continue
+        seconds = time.perf_counter() - start
+        found[name] = f"{len(cases)} shapes compiled in {seconds:.1f} s"
+    return found
 
 
 @contextlib.contextmanager
@@ -274,6 +300,11 @@ def _needed(text: str) -> tuple[int | None, int | None]:
         for name, unit in (("need", "nu"), ("have", "hu"))
     )
     return need, have
+
+
+def _short(groups: str, limit: int = 48) -> str:
+    """Replica groups, or how many pairs a permutation has."""
+    return groups if len(groups) <= limit else f"{groups.count('},') + 1} pairs"
 
 
 def _size(count: int | None) -> str:

@@ -44,6 +44,11 @@ def make_step(
     tx = optax.with_extra_args_support(trainable.tx)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        # Models place their activations by the mesh in context.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return sharded_step(state, batch)
+
+    def sharded_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         loss, metrics, grads = _gradients(
             trainable.loss_fn, state, batch, key, mesh, accumulate

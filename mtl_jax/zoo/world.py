@@ -50,7 +50,8 @@ def world(
     def init(key):
         return module.init(key, bench.train["inputs"][0, :1])["params"]
 
-    name = f"world-{tasks}-{seed}-{hidden}-{pretrain_steps}"
+    drawn = io.digest((bench.world, bench.pretrain))[:16]
+    name = f"world-{drawn}-{seed}-{hidden}-{pretrain_steps}"
     path = epath.Path(wheels.cache_dir()) / "zoo" / f"{name}.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

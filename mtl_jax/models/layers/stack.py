@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mtl_jax.models.layers.sharding import keep_batch_split
+
 _LAYER = re.compile(r"layers_(\d+)")
 
 
@@ -43,7 +45,7 @@ def run_stack(
     """
 
     def body(block, x, bias):
-        x = block(x, bias)
+        x = keep_batch_split(block(keep_batch_split(x), bias))
         return x, (x if collect else None)
 
     if remat:
