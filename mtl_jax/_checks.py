@@ -59,6 +59,10 @@ def _check_arrays(fn_name: str, named: dict[str, Any], where: str) -> None:
                 f"{fn_name}: {name!r} in {where} is a {type(leaf).__name__}, not an "
                 "array; keep only the arrays (equinox.filter, nnx.split) first"
             )
+        if getattr(getattr(leaf, "dtype", None), "kind", "f") in "OSUMm":
+            raise ValueError(
+                f"{fn_name}: {name!r} in {where} has dtype {leaf.dtype}, wanted numbers"
+            )
 
 
 def check_match(
@@ -134,7 +138,8 @@ def check_finite(fn_name: str, tree: Any) -> None:
     named = {k: v for k, v in named_leaves(tree).items() if is_inexact(v)}
     if any(isinstance(leaf, jax.core.Tracer) for leaf in named.values()):
         return
-    flags = jax.device_get(_all_finite(list(named.values())))
+    with jax.ensure_compile_time_eval():  # Constants of a trace have values, too.
+        flags = jax.device_get(_all_finite(list(named.values())))
     bad = [name for name, finite in zip(named, flags, strict=True) if not finite]
     if bad:
         more = f" (and {len(bad) - 1} more leaves)" if len(bad) > 1 else ""

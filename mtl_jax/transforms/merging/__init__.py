@@ -17,6 +17,7 @@ from mtl_jax.transforms.merging._breadcrumbs import (
     drop_outliers,
     keep_top,
     scale,
+    unit_axis,
 )
 from mtl_jax.transforms.merging._dare import dare
 from mtl_jax.transforms.merging._search import (
@@ -71,4 +72,5 @@ __all__ = [
     "task_vectors",
     "ties",
     "ties_select",
+    "unit_axis",
 ]

@@ -20,7 +20,7 @@ def task_arithmetic(taus: Any, *, weights: Any = None, key: Any = None) -> Any:
       Tree with leaves [...] in the dtypes of `taus`.
 
     Raises:
-      ValueError: the weights do not fit.
+      ValueError: the weights do not fit, or something is NaN or infinite.
 
     Follows: Ilharco et al. 2023, "Editing Models with Task Arithmetic", section 4.
     Differs: nothing is scaled here; `tree.add_scaled(base, delta, scale)` does.
@@ -46,7 +46,7 @@ def average(taus: Any, *, weights: Any = None, key: Any = None) -> Any:
       Tree with leaves [...] in the dtypes of `taus`.
 
     Raises:
-      ValueError: the weights do not fit.
+      ValueError: the weights do not fit, or something is NaN or infinite.
 
     Follows: Wortsman et al. 2022, "Model soups", the uniform soup, on deltas.
     Differs: nothing; on one base, averaging deltas is averaging parameters.
@@ -57,6 +57,7 @@ def average(taus: Any, *, weights: Any = None, key: Any = None) -> Any:
     """
     del key
     _, weights = _compose.check_taus("average", taus, weights)
+    _compose.check_total("average", weights)
     return tree.combine(taus, weights / weights.sum())
 
 
@@ -72,7 +73,7 @@ def negate(taus: Any, *, weights: Any = None, key: Any = None) -> Any:
       Tree with leaves [...] in the dtypes of `taus`.
 
     Raises:
-      ValueError: the weights do not fit.
+      ValueError: the weights do not fit, or something is NaN or infinite.
 
     Follows: Ilharco et al. 2023, "Editing Models with Task Arithmetic", section 3.
 
@@ -97,7 +98,8 @@ def analogy(taus: Any, *, weights: Any = None, key: Any = None) -> Any:
       Tree with leaves [...] in the dtypes of `taus`.
 
     Raises:
-      ValueError: there are not three tasks, or the weights do not fit.
+      ValueError: there are not three tasks, the weights do not fit, or
+        something is NaN or infinite.
 
     Follows: Ilharco et al. 2023, "Editing Models with Task Arithmetic", section 5.
 

@@ -1,5 +1,7 @@
 """Model Breadcrumbs: drop the outliers and the negligible, keep the middle band."""
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -12,16 +14,35 @@ from mtl_jax.transforms.merging import _compose
 Group = Literal["row", "leaf"]
 Order = Literal["drop_first", "keep_first"]
 PerLeaf = float | Callable[[str], float] | Any
+Axis = int | Callable[[str], int] | Any
 TauTransform = Callable[[Any], Any]
 
 
-def _per_leaf(fn_name: str, name: str, value: PerLeaf, taus: Any) -> list[float]:
+def unit_axis(path: str) -> int:
+    """The `axis` along which the rows of Flax parameters are the inputs of one unit.
+
+    Kernels are [..., in, out] and give -2; all other leaves give -1. PyTorch's linear
+    weights are [out, in]: there the default does what this does here.
+
+    Args:
+      path: name of the leaf.
+
+    Returns:
+      -2 where the last part of the path is "kernel", -1 elsewhere.
+
+    >>> unit_axis("blocks/0/kernel"), unit_axis("blocks/0/bias")
+    (-2, -1)
+    """
+    return -2 if path.rpartition("/")[2] == "kernel" else -1
+
+
+def _per_leaf(fn_name: str, name: str, value: PerLeaf, taus: Any) -> list[Any]:
     """One number per leaf, from a number, a function of the path, or a tree."""
     names = tree.paths(taus)
     if callable(value):
-        return [float(value(path)) for path in names]
+        return [value(path) for path in names]
     if isinstance(value, (int, float)):
-        return [float(value)] * len(names)
+        return [value] * len(names)
     if jax.tree.structure(value) != jax.tree.structure(taus):
         raise ValueError(
             f"{fn_name}: {name} is neither a number, nor a function of the leaf's "
@@ -30,28 +51,63 @@ def _per_leaf(fn_name: str, name: str, value: PerLeaf, taus: Any) -> list[float]
     return jax.tree.leaves(value)
 
 
-def _cutoff(x: jax.Array, count: int, group: Group, zero_ties: bool) -> tree.Cutoff:
-    if group == "row":
-        return tree.top_cutoff(x, count, rows=True, zero_ties=zero_ties)
-    return tree.task_top_cutoffs(x, count, zero_ties=zero_ties)
+def _axes(fn_name: str, axis: Axis, taus: Any) -> list[int]:
+    """Per leaf the axis of its rows, counted from the end; -1 for scalars."""
+
+    def check(name, x, axis):
+        try:
+            found = operator.index(axis)
+        except TypeError:
+            raise ValueError(
+                f"{fn_name}: axis of {name!r} is {axis!r}, wanted an integer"
+            ) from None
+        shape = jnp.shape(x)[1:]
+        if not shape:
+            return -1
+        if not -len(shape) <= found < len(shape):
+            raise ValueError(
+                f"{fn_name}: axis of {name!r} is {found}, wanted one of its "
+                f"{len(shape)} axes {shape} (the task axis not counted)"
+            )
+        return found if found < 0 else found - len(shape)
+
+    axes = _per_leaf(fn_name, "axis", axis, taus)
+    leaves = jax.tree.leaves(taus)
+    return list(map(check, tree.paths(taus), leaves, axes))
 
 
-def _band(fn_name: str, x, density, drop_top, group: Group, order: Order, zeros: bool):
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _row_cutoff(x: jax.Array, count: Any, axis: int, zeros: bool) -> tree.Cutoff:
+    rows = jnp.moveaxis(x, axis, -1)
+    cutoff = tree.top_cutoff(rows, count, rows=True, zero_ties=zeros)
+    return jax.tree.map(lambda c: jnp.moveaxis(c, -1, axis), cutoff)
+
+
+def _cutoff(x: jax.Array, count: int, axis: int | None, zeros: bool) -> tree.Cutoff:
+    """Of the rows along an axis; of whole tasks where there is none."""
+    if axis is None:
+        return tree.task_top_cutoffs(x, count, zero_ties=zeros)
+    return _row_cutoff(x, count, axis, zeros)
+
+
+def _band(
+    fn_name: str, x, density, drop_top, axis: int | None, order: Order, zeros: bool
+):
     """Selector of one leaf [T, ...]; scalars are kept as they are."""
     if x.ndim == 1 or not x.size:
         return _compose.Everything()
-    length = x.shape[-1] if group == "row" else x[0].size
+    length = x[0].size if axis is None else x.shape[axis]
     dropped = _compose.share(fn_name, "drop_top", drop_top, length)
     kept = _compose.share(fn_name, "density", density, length)
     last = min(kept + dropped, length) if order == "drop_first" else max(kept, dropped)
     return _compose.Band(
-        low=None if last == length else _cutoff(x, last, group, zeros),
-        high=None if dropped == 0 else _cutoff(x, dropped, group, zeros),
+        low=None if last == length else _cutoff(x, last, axis, zeros),
+        high=None if dropped == 0 else _cutoff(x, dropped, axis, zeros),
     )
 
 
 def _selectors(
-    fn_name: str, taus, density, drop_top, group, order, *, zeros: bool = False
+    fn_name: str, taus, density, drop_top, group, axis, order, *, zeros: bool = False
 ) -> list[Any]:
     if group not in ("row", "leaf"):
         raise ValueError(f"{fn_name}: group is {group!r}, wanted 'row' or 'leaf'")
@@ -61,9 +117,11 @@ def _selectors(
         )
     densities = _per_leaf(fn_name, "density", density, taus)
     drops = _per_leaf(fn_name, "drop_top", drop_top, taus)
+    leaves = jax.tree.leaves(taus)
+    axes = _axes(fn_name, axis, taus) if group == "row" else [None] * len(leaves)
     return [
-        _band(fn_name, x, b, g, group, order, zeros) if tree.is_inexact(x) else None
-        for x, b, g in zip(jax.tree.leaves(taus), densities, drops, strict=True)
+        _band(fn_name, x, b, g, a, order, zeros) if tree.is_inexact(x) else None
+        for x, b, g, a in zip(leaves, densities, drops, axes, strict=True)
     ]
 
 
@@ -75,6 +133,7 @@ def breadcrumbs(
     weights: Any = None,
     key: Any = None,
     group: Group = "row",
+    axis: Axis = -1,
     order: Order = "drop_first",
 ) -> Any:
     """Adds task vectors from which outliers and small changes were removed.
@@ -90,7 +149,10 @@ def breadcrumbs(
       drop_top: fraction dropped from the top; as `density`.
       weights: [T], ones by default.
       key: unused; every merge takes one.
-      group: "row", every row along the last axis; "leaf", every leaf.
+      group: "row", every row along `axis`; "leaf", every leaf.
+      axis: along which axis of a parameter (the task axis not counted) rows run; an
+        integer, a function of the leaf's path such as `unit_axis`, or a tree of
+        integers like `taus`. Not read where the group is "leaf".
       order: "drop_first" as above; "keep_first" keeps the floor(density * n) largest
         and then drops the outliers among them, ranks g to b.
 
@@ -98,11 +160,15 @@ def breadcrumbs(
       Tree with leaves [...] in the dtypes of `taus`. Scalar leaves are summed whole.
 
     Raises:
-      ValueError: an option that does not exist, or a fraction outside [0, 1].
+      ValueError: an option that does not exist, a fraction outside [0, 1], or an axis
+        that a leaf does not have.
 
     Follows: Davari and Belilovsky 2023, "Model Breadcrumbs", section 3.
     Differs: groups are rows as in the authors' code; the paper speaks of layers,
-      `group="leaf"`. The paper's beta counts what is masked from the bottom: density =
+      `group="leaf"`. Their rows are the last axis of PyTorch's [out, in] weights, the
+      inputs of one unit. Flax kernels are [..., in, out], and there the last axis would
+      group the outputs of one input; `axis=unit_axis` gives their rows, -2 for leaves
+      named kernel and -1 for the rest. The paper's beta counts what is masked from the bottom: density =
       1 - beta - drop_top. Counts are exact where quantiles are off by one on ties.
 
     >>> taus = {"w": jnp.array([[4.0, -3.0, 2.0, 1.0]])}
@@ -111,7 +177,7 @@ def breadcrumbs(
     """
     del key
     _, weights = _compose.check_taus("breadcrumbs", taus, weights)
-    selectors = _selectors("breadcrumbs", taus, density, drop_top, group, order)
+    selectors = _selectors("breadcrumbs", taus, density, drop_top, group, axis, order)
     return _compose.merge(taus, selectors, weights)
 
 
@@ -121,6 +187,7 @@ def band_masks(
     density: PerLeaf = 0.15,
     drop_top: PerLeaf = 0.01,
     group: Group = "row",
+    axis: Axis = -1,
     order: Order = "drop_first",
 ) -> Any:
     """The masks of `breadcrumbs`, with its exact counts also among equal zeros.
@@ -130,6 +197,7 @@ def band_masks(
       density: as in `breadcrumbs`.
       drop_top: as in `breadcrumbs`.
       group: as in `breadcrumbs`.
+      axis: as in `breadcrumbs`.
       order: as in `breadcrumbs`.
 
     Returns:
@@ -146,7 +214,7 @@ def band_masks(
     """
     tree.num_tasks("band_masks", taus)
     selectors = _selectors(
-        "band_masks", taus, density, drop_top, group, order, zeros=True
+        "band_masks", taus, density, drop_top, group, axis, order, zeros=True
     )
 
     def leaf(x, select):
@@ -160,21 +228,26 @@ def band_masks(
     )
 
 
-def _transform(fn_name: str, density: PerLeaf, drop_top: PerLeaf, group: Group):
+def _transform(fn_name: str, density, drop_top, group: Group, axis: Axis):
     def apply(taus):
         count = tree.num_tasks(fn_name, taus)
-        selectors = _selectors(fn_name, taus, density, drop_top, group, "drop_first")
+        selectors = _selectors(
+            fn_name, taus, density, drop_top, group, axis, "drop_first"
+        )
         return _compose.survivors(taus, selectors, jnp.ones(count))
 
     return apply
 
 
-def drop_outliers(drop_top: PerLeaf, *, group: Group = "row") -> TauTransform:
+def drop_outliers(
+    drop_top: PerLeaf, *, group: Group = "row", axis: Axis = -1
+) -> TauTransform:
     """Transform of a task tree that zeroes the largest share of every group.
 
     Args:
       drop_top: fraction zeroed; a number, a function of the path, or a tree.
       group: "row" or "leaf".
+      axis: of the rows, as in `breadcrumbs`.
 
     Returns:
       A pure function from task tree to task tree.
@@ -182,15 +255,18 @@ def drop_outliers(drop_top: PerLeaf, *, group: Group = "row") -> TauTransform:
     >>> drop_outliers(0.5)({"w": jnp.array([[4.0, -3.0]])})["w"].tolist()
     [[0.0, -3.0]]
     """
-    return _transform("drop_outliers", 1.0, drop_top, group)
+    return _transform("drop_outliers", 1.0, drop_top, group, axis)
 
 
-def keep_top(density: PerLeaf, *, group: Group = "row") -> TauTransform:
+def keep_top(
+    density: PerLeaf, *, group: Group = "row", axis: Axis = -1
+) -> TauTransform:
     """Transform of a task tree that keeps the largest share of every group.
 
     Args:
       density: fraction kept; a number, a function of the path, or a tree.
       group: "row" or "leaf".
+      axis: of the rows, as in `breadcrumbs`.
 
     Returns:
       A pure function from task tree to task tree.
@@ -198,7 +274,7 @@ def keep_top(density: PerLeaf, *, group: Group = "row") -> TauTransform:
     >>> keep_top(0.5)({"w": jnp.array([[4.0, -3.0]])})["w"].tolist()
     [[4.0, 0.0]]
     """
-    return _transform("keep_top", density, 0.0, group)
+    return _transform("keep_top", density, 0.0, group, axis)
 
 
 def scale(factor: Any) -> TauTransform:

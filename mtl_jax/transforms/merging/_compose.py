@@ -13,9 +13,10 @@ import functools
 import math
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from mtl_jax import tree
@@ -23,6 +24,8 @@ from mtl_jax import tree
 Elect = Literal["none", "sum", "count"]
 Reduce = Literal["sum", "mean", "disjoint_mean"]
 Scope = Literal["global", "leaf"]
+ELECT = get_args(Elect)
+REDUCE = get_args(Reduce)
 
 
 class Everything(NamedTuple):
@@ -78,20 +81,70 @@ def share(fn_name: str, name: str, fraction: float, length: int) -> int:
     Raises:
       ValueError: the fraction is not a number in [0, 1].
     """
+    fraction = number(fn_name, name, fraction)
     if not 0 <= fraction <= 1:
         raise ValueError(f"{fn_name}: {name} is {fraction}, wanted 0 <= {name} <= 1")
-    return math.floor(Fraction(repr(float(fraction))) * length)
+    return math.floor(Fraction(repr(fraction)) * length)
+
+
+def number(fn_name: str, name: str, value: Any) -> float:
+    """A Python float; text, traced values, sequences and None are refused by name."""
+    try:
+        if not isinstance(value, str):
+            return float(value)
+    except TypeError:  # What JAX raises for a traced value is one, too.
+        pass
+    shown = " ".join(repr(value).split())
+    raise ValueError(f"{fn_name}: {name} is {shown}, wanted a number")
+
+
+def choice(fn_name: str, name: str, value: Any, known: tuple[str, ...]) -> None:
+    """Refuses an option that does not exist."""
+    if value not in known:
+        raise ValueError(f"{fn_name}: {name} is {value!r}, wanted one of {known}")
 
 
 def check_taus(fn_name: str, taus: Any, weights: Any) -> tuple[int, jax.Array]:
-    """Number of tasks and one float32 weight for each; ones by default."""
+    """Number of tasks and one float32 weight for each; ones by default.
+
+    Raises:
+      ValueError: nothing to merge; NaN or infinity in concrete arrays, by leaf; or
+        weights that do not fit.
+    """
     count = tree.num_tasks(fn_name, taus)
-    weights = jnp.ones(count) if weights is None else jnp.asarray(weights)
+    if not any(tree.is_inexact(leaf) for leaf in jax.tree.leaves(taus)):
+        raise ValueError(f"{fn_name}: no leaf of taus is floating point")
+    tree.check_finite(fn_name, taus)
+    if weights is None:
+        return count, jnp.ones(count, jnp.float32)
+    weights = numbers(fn_name, "weights", weights)
     if weights.shape != (count,):
         raise ValueError(
             f"{fn_name}: weights are {weights.shape}, wanted ({count},), one per task"
         )
-    return count, weights.astype(jnp.float32)
+    return count, weights
+
+
+def numbers(fn_name: str, name: str, value: Any) -> jax.Array:
+    """A float32 array, finite where that is known."""
+    try:
+        array = jnp.asarray(value).astype(jnp.float32)
+    except TypeError as error:
+        raise ValueError(f"{fn_name}: {name} are {value!r}, wanted numbers") from error
+    tree.check_finite(fn_name, {name: array})
+    return array
+
+
+def check_total(fn_name: str, weights: jax.Array) -> None:
+    """Refuses weights that cannot be divided by their sum."""
+    if isinstance(weights, jax.core.Tracer):
+        return
+    with jax.ensure_compile_time_eval():
+        total = float(weights.sum())
+    if total == 0:
+        raise ValueError(
+            f"{fn_name}: weights are {weights.tolist()}, wanted a sum other than 0"
+        )
 
 
 def top_share(

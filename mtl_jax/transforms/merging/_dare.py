@@ -35,7 +35,8 @@ def dare(
       Tree with leaves [...] in the dtypes of `taus`.
 
     Raises:
-      ValueError: the density is not in (0, 1], or the weights do not fit.
+      ValueError: the density is not in (0, 1], an option does not exist, the weights
+        do not fit, or something is NaN or infinite.
 
     Follows: Yu et al. 2024, "Language Models are Super Mario", section 3.
     Differs: the factor is 1 / density as in the paper; mergekit rescales to the L1 norm
@@ -46,6 +47,13 @@ def dare(
     [1.0, 1.0, 1.0, 1.0]
     """
     count, weights = _compose.check_taus("dare", taus, weights)
+    density = _compose.number("dare", "density", density)
+    if not hasattr(key, "dtype"):
+        raise ValueError(f"dare: key is {key!r}, wanted one made by jax.random.key")
+    _compose.choice("dare", "elect", elect, _compose.ELECT)
+    _compose.choice("dare", "reduce", reduce, _compose.REDUCE)
+    if reduce == "mean":
+        _compose.check_total("dare", weights)
     if not 0 < density <= 1:
         raise ValueError(f"dare: density is {density}, wanted 0 < density <= 1")
     factor = jnp.full(count, 1 / density if rescale else 1.0, jnp.float32)

@@ -49,12 +49,12 @@ def tall_masks(taus: Any, merged: Any = None, *, scale: Any) -> Any:
     """
     count, ones = _compose.check_taus("tall_masks", taus, None)
     merged = _merged("tall_masks", taus, merged, ones)
-    scale = jnp.asarray(scale)
+    scale = _compose.numbers("tall_masks", "scale", scale)
     if scale.shape not in ((), (count,)):
         raise ValueError(
             f"tall_masks: scale is {scale.shape}, wanted a scalar or ({count},)"
         )
-    scale = jnp.broadcast_to(scale.astype(jnp.float32), (count,))
+    scale = jnp.broadcast_to(scale, (count,))
     return jax.tree.map(lambda x, m: _mask_leaf(x, m, scale), taus, merged)
 
 
@@ -87,7 +87,7 @@ def magnitude_masks(
     >>> magnitude_masks({"w": jnp.array([[1.0, -3.0]])}, density=0.5)["w"].tolist()
     [[False, True]]
     """
-    tree.num_tasks("magnitude_masks", taus)
+    _compose.check_taus("magnitude_masks", taus, None)
     selectors = _compose.top_share(
         "magnitude_masks", taus, density, scope, zero_ties=True
     )
@@ -102,6 +102,17 @@ def magnitude_masks(
     )
 
 
+def _check_masks(fn_name: str, masks: Any) -> int:
+    """Number of tasks, of masks that are masks."""
+    count = tree.num_tasks(fn_name, masks)
+    for path, leaf in jax.tree.leaves_with_path(masks):
+        if leaf.dtype != bool:
+            raise ValueError(
+                f"{fn_name}: {tree.path_str(path)!r} is {leaf.dtype}, wanted bool"
+            )
+    return count
+
+
 def mask_counts(masks: Any) -> Any:
     """How many tasks want each entry.
 
@@ -111,10 +122,13 @@ def mask_counts(masks: Any) -> Any:
     Returns:
       Tree with leaves [...], int8 (int32 from 128 tasks on).
 
+    Raises:
+      ValueError: there is no task axis, or a leaf is not bool.
+
     >>> mask_counts({"w": jnp.array([[True, False], [True, True]])})["w"].tolist()
     [2, 1]
     """
-    count = tree.num_tasks("mask_counts", masks)
+    count = _check_masks("mask_counts", masks)
     dtype = jnp.int8 if count < 128 else jnp.int32
     return jax.tree.map(lambda mask: _count_leaf(mask, dtype), masks)
 
@@ -259,7 +273,7 @@ def mask_statistics(masks: Any) -> MaskStatistics:
       `MaskStatistics`.
 
     Raises:
-      ValueError: there is no task axis.
+      ValueError: there is no task axis, or a leaf is not bool.
 
     Follows: Wang et al. 2024, "Localizing Task Information", section 5.
 
@@ -267,7 +281,7 @@ def mask_statistics(masks: Any) -> MaskStatistics:
     >>> mask_statistics(masks).histogram.tolist()
     [0, 1, 1]
     """
-    tree.num_tasks("mask_statistics", masks)
+    _check_masks("mask_statistics", masks)
     parts = [_statistics_leaf(mask) for mask in jax.tree.leaves(masks)]
     histogram, both = (functools.reduce(jnp.add, p) for p in zip(*parts, strict=True))
     sizes = jnp.diag(both)

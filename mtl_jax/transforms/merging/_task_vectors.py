@@ -1,6 +1,6 @@
 """Task vectors: what fine-tuning changed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,7 +36,8 @@ def task_vectors(
       `tree.add_scaled` leaves those of the base untouched.
 
     Raises:
-      ValueError: no experts, an expert unlike the base, or NaN or infinity.
+      ValueError: no experts, nothing that fine-tuning moves, an expert unlike the
+        base, or NaN or infinity.
 
     Follows: Ilharco et al. 2023, "Editing Models with Task Arithmetic", section 2.
     Differs: the difference is taken in float32 whatever the storage dtype; taken in
@@ -50,6 +51,13 @@ def task_vectors(
         raise ValueError(
             "task_vectors: experts is one tree, wanted a sequence of trees"
         )
+    if not isinstance(experts, Iterable):
+        raise ValueError(
+            f"task_vectors: experts is a {type(experts).__name__}, wanted a sequence "
+            "of trees"
+        )
+    if not any(tree.is_inexact(leaf) for leaf in jax.tree.leaves(base)):
+        raise ValueError("task_vectors: no leaf of base is floating point")
     experts = list(experts)
     if not experts:
         raise ValueError("task_vectors: no experts, wanted at least one")

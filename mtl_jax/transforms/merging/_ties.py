@@ -42,7 +42,8 @@ def ties(
       Tree with leaves [...] in the dtypes of `taus`.
 
     Raises:
-      ValueError: an option that does not exist, or weights that do not fit.
+      ValueError: an option that does not exist, weights that do not fit, or NaN or
+        infinity.
 
     Follows: Yadav et al. 2023, "TIES-Merging", algorithm 1.
     Differs: exactly k entries are kept, where the authors' threshold keeps all that
@@ -57,6 +58,8 @@ def ties(
     del key
     options = _check("ties", elect, reduce, zero_sign)
     _, weights = _compose.check_taus("ties", taus, weights)
+    if reduce == "mean":
+        _compose.check_total("ties", weights)
     selectors = _compose.top_share("ties", taus, density, scope)
     return _compose.merge(taus, selectors, weights, reduce=reduce, **options)
 
@@ -101,11 +104,7 @@ def ties_select(
 
 
 def _check(fn_name: str, elect: Any, reduce: Any, zero_sign: Any) -> dict[str, Any]:
-    for name, value, known in (
-        ("elect", elect, ("none", "sum", "count")),
-        ("reduce", reduce, ("sum", "mean", "disjoint_mean")),
-        ("zero_sign", zero_sign, ("majority", "none")),
-    ):
-        if value not in known:
-            raise ValueError(f"{fn_name}: {name} is {value!r}, wanted one of {known}")
+    _compose.choice(fn_name, "elect", elect, _compose.ELECT)
+    _compose.choice(fn_name, "reduce", reduce, _compose.REDUCE)
+    _compose.choice(fn_name, "zero_sign", zero_sign, ("majority", "none"))
     return {"elect": elect, "zero_sign": zero_sign}

@@ -97,3 +97,22 @@ def test_equinox_module():
     with pytest.raises(ValueError, match="keep only the arrays"):
         merging.task_vectors(model, [model])
     _check_like_dict(eqx.filter(model, eqx.is_inexact_array))
+
+
+@pytest.mark.parametrize(
+    ("base", "experts", "message"),
+    [
+        ({"w": jnp.zeros(2)}, None, "experts is a NoneType, wanted a sequence"),
+        ({"w": jnp.zeros(2)}, 5, "experts is a int, wanted a sequence"),
+        ({}, [{}], "no leaf of base is floating point"),
+        ({"w": jnp.arange(2)}, [{"w": jnp.arange(2)}], "no leaf of base"),
+        (
+            {"s": np.array(["x"], object), "w": jnp.zeros(2)},
+            [{"s": np.array(["x"], object), "w": jnp.zeros(2)}],
+            "'s' in base has dtype object",
+        ),
+    ],
+)
+def test_what_is_no_family_of_experts(base, experts, message):
+    with pytest.raises(ValueError, match=f"task_vectors: .*{message}"):
+        merging.task_vectors(base, experts)

@@ -1,0 +1,113 @@
+"""What every merge refuses: one line that names the function and the fault."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mtl_jax.transforms import merging
+
+pytestmark = pytest.mark.fast
+TAUS = {"a": {"b": jnp.ones((2, 3)), "k": jnp.ones((2, 2, 3))}}
+KEY = jax.random.key(0)
+MERGES = {
+    "task_arithmetic": {},
+    "average": {},
+    "negate": {},
+    "ties": {"density": 0.5},
+    "ties_select": {"density": 0.5},
+    "breadcrumbs": {"density": 0.5, "drop_top": 0.1},
+    "dare": {"density": 0.5, "key": KEY},
+    "tall_masks": {"scale": 0.5},
+    "consensus": {"scale": 0.5},
+    "magnitude_masks": {"density": 0.5},
+}
+WEIGHTED = [n for n in MERGES if n not in ("tall_masks", "magnitude_masks")]
+
+
+def refusal(name, taus, **options):
+    """The message, which is one line and starts with the function's name."""
+    with pytest.raises(ValueError) as caught:
+        getattr(merging, name)(taus, **{**MERGES.get(name, {}), **options})
+    text = str(caught.value)
+    assert text.startswith(f"{name}: ") and "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("name", MERGES)
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_one_bad_entry_is_named(name, value):
+    b = TAUS["a"]["b"].at[1, 2].set(value)
+    text = refusal(name, {"a": {"b": b, "k": TAUS["a"]["k"]}})
+    assert "'a/b' holds NaN or infinity" in text
+
+
+@pytest.mark.parametrize("name", MERGES)
+def test_integers_are_no_task_vectors(name):
+    taus = jax.tree.map(lambda x: x.astype(jnp.int32), TAUS)
+    assert "no leaf of taus is floating point" in refusal(name, taus)
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0, float("nan")], "'weights' holds NaN or infinity"),
+        ([1.0], "wanted (2,)"),
+        ([[1.0], [1.0]], "wanted (2,)"),
+        ("x", "wanted numbers"),
+    ],
+)
+def test_weights(name, weights, message):
+    assert message in refusal(name, TAUS, weights=weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("average", {}), ("ties", {"reduce": "mean"}), ("dare", {"reduce": "mean"})],
+)
+def test_means_want_a_weight(name, options):
+    text = refusal(name, TAUS, weights=[1.0, -1.0], **options)
+    assert "wanted a sum other than 0" in text
+
+
+@pytest.mark.parametrize(
+    "name", ["ties", "ties_select", "dare", "magnitude_masks", "breadcrumbs"]
+)
+@pytest.mark.parametrize(
+    "density", [-0.1, 1.5, float("nan"), "0.2", None, [0.1], (0.1, 0.2)]
+)
+def test_density(name, density):
+    assert "density is" in refusal(name, TAUS, density=density)
+
+
+def test_a_traced_density_is_refused():
+    with pytest.raises(ValueError, match="ties: density is .* wanted a number"):
+        jax.jit(lambda d: merging.ties(TAUS, density=d))(0.5)
+
+
+@pytest.mark.parametrize("option", ["elect", "reduce"])
+def test_dare_options(option):
+    assert "wanted one of" in refusal("dare", TAUS, **{option: "typo"})
+
+
+@pytest.mark.parametrize("key", [None, 0, "x"])
+def test_dare_wants_a_key(key):
+    assert "jax.random.key" in refusal("dare", TAUS, key=key)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), "x", [0.1, 0.2, 0.3]])
+def test_tall_masks_scale(scale):
+    assert "scale" in refusal("tall_masks", TAUS, scale=scale)
+
+
+@pytest.mark.parametrize("name", ["mask_counts", "mask_statistics"])
+def test_masks_are_bool(name):
+    assert "'a/b' is float32, wanted bool" in refusal(name, TAUS)
+
+
+def test_checks_let_traced_values_pass():
+    taus = {"w": jnp.array([[1.0, 2.0], [3.0, 4.0]])}
+    found = jax.jit(merging.average)(taus, weights=jnp.array([1.0, 3.0]))
+    assert found["w"].tolist() == [2.5, 3.5]
+    constant = jax.jit(lambda: merging.average(taus, weights=[1.0, 3.0]))()
+    assert constant["w"].tolist() == [2.5, 3.5]
