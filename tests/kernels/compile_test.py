@@ -1,5 +1,6 @@
 import os
 
+import jax
 import pytest
 
 from mtl_jax import kernels
@@ -14,8 +15,15 @@ def topology():
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
+    from jax.experimental.compilation_cache import compilation_cache
 
-    return lambda name: topologies.get_topology_desc(name, "tpu")
+    # The cache cannot read back a program for a chip that is not there.
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield lambda name: topologies.get_topology_desc(name, "tpu")
+    jax.config.update("jax_enable_compilation_cache", before)
+    compilation_cache.reset_cache()
 
 
 @pytest.mark.parametrize("chip", ["v5e:2x2", "v6e:2x2"])
