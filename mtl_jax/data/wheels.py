@@ -171,8 +171,8 @@ def read(
       The innermost member's bytes.
 
     Raises:
-      KeyError: no such member; the message names the archive.
-      ValueError: a member is larger than `limit`, or not a regular file.
+      ValueError: no such member, or one that is larger than `limit` or no regular
+        file; the message names member and archive.
     """
     if not members:
         raise ValueError("read: name at least one member of the archive")
@@ -237,16 +237,15 @@ def open_member(archive: IO[bytes], member: str, *, label: str) -> Iterator[IO[b
       label: what to call the archive in messages.
 
     Raises:
-      KeyError: the archive has no such member.
-      ValueError: the member is a folder, link or device, or the file is neither a
-        zip nor a tar.
+      ValueError: the archive has no such member, the member is a folder, link or
+        device, or the file is neither a zip nor a tar.
     """
-    missing = f"{label} has no member {member!r}"
+    missing = f"open_member: {label} has no member {member!r}"
     irregular = f"open_member: {member!r} in {label} is not a regular file"
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as box:
             if member not in box.NameToInfo:
-                raise KeyError(missing)
+                raise ValueError(missing)
             info = box.getinfo(member)
             mode = info.external_attr >> 16
             if info.is_dir() or (stat.S_IFMT(mode) not in (0, stat.S_IFREG)):
@@ -262,7 +261,7 @@ def open_member(archive: IO[bytes], member: str, *, label: str) -> Iterator[IO[b
         # A tar may hold a name more than once: the last one counts.
         found = [info for info in box if info.name == member]
         if not found:
-            raise KeyError(missing)
+            raise ValueError(missing)
         content = box.extractfile(found[-1]) if found[-1].isreg() else None
         if content is None:
             raise ValueError(irregular)

@@ -50,10 +50,19 @@ def test_the_last_of_equal_names_in_a_tar_counts(put_package):
     assert wheels.read(put_package(content, "thing-1.0.tar.gz"), "a") == b"new"
 
 
-def test_missing_member_is_named(put_package):
-    package = put_package({"a": "1"})
-    with pytest.raises(KeyError, match="thing-1.0-py3-none-any.whl has no member 'b'"):
-        wheels.read(package, "b")
+@pytest.mark.parametrize("take", [wheels.read, wheels.extract])
+@pytest.mark.parametrize("name", ["thing-1.0-py3-none-any.whl", "thing-1.0.tar.gz"])
+def test_missing_member_is_named(put_package, take, name):
+    content = tar_with(("a", b"one")) if name.endswith("gz") else {"a": "1"}
+    package = put_package(content, filename=name)
+    with pytest.raises(ValueError, match=f"{name} has no member 'b'"):
+        take(package, "b")
+
+
+def test_missing_member_of_an_inner_archive_is_named(put_package):
+    package = put_package({"data.tar.gz": tar_with(("x", b"deep"))})
+    with pytest.raises(ValueError, match="data.tar.gz has no member 'y'"):
+        wheels.read(package, "data.tar.gz", "y")
 
 
 def test_wrong_digest_is_refused_and_the_users_file_kept(put_package, cache):
