@@ -32,7 +32,7 @@ def prototype_logits(
       logit_scale: inverse temperature.
 
     Returns:
-      [B, C] float32.
+      [B, C] float32, computed in full float32 precision on every backend.
 
     Raises:
       ValueError: if the widths disagree.
@@ -51,5 +51,7 @@ def prototype_logits(
             f"{prototypes.shape[1]}"
         )
     unit = l2_normalize(features.astype(jnp.float32))
-    cosine = jnp.einsum("bd,cd->bc", unit, prototypes.astype(jnp.float32))
+    cosine = jnp.einsum(
+        "bd,cd->bc", unit, prototypes.astype(jnp.float32), precision="highest"
+    )
     return cosine * jnp.asarray(logit_scale, jnp.float32)

@@ -76,11 +76,11 @@ def kernel_localisation(kernel: chex.Array, sizes: Sequence[int]) -> Localisatio
     owner = jax.nn.one_hot(
         np.repeat(np.arange(num_tasks), sizes), num_tasks, dtype=dtype
     )
-    energy = (jnp.square(vectors).T @ owner)[::-1]
+    energy = jnp.matmul(jnp.square(vectors).T, owner, precision="highest")[::-1]
     values = values[::-1]
     weight = jnp.maximum(values, 0)
     even = 1 / num_tasks
-    top = jnp.vdot(weight, energy.max(1)) / jnp.maximum(weight.sum(), 1e-30)
+    top = jnp.sum(weight * energy.max(1)) / jnp.maximum(weight.sum(), 1e-30)
     score = jnp.ones((), dtype) if num_tasks == 1 else (top - even) / (1 - even)
     return Localisation(values, energy, score)
 

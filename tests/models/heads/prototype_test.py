@@ -26,6 +26,13 @@ def test_scaled_cosine_whatever_the_length_of_the_features():
     np.testing.assert_allclose(bf16, want, atol=0.2)
 
 
+def test_the_product_keeps_float32_precision():
+    """Accelerators take bfloat16 or TF32 passes unless they are told not to."""
+    text = str(jax.make_jaxpr(models.prototype_logits)(jnp.ones((2, 3)), jnp.eye(3)))
+    (product,) = text.split("dot_general[")[1:]
+    assert "precision=(Precision.HIGHEST, Precision.HIGHEST)" in product
+
+
 def test_zero_features_give_zero_logits_and_finite_gradients():
     p = jnp.eye(3)
     f = lambda x: models.prototype_logits(x, p, 5.0).sum()  # noqa: E731

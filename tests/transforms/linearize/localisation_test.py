@@ -43,6 +43,15 @@ def test_matches_the_integral_operator(seed, num_tasks):
     np.testing.assert_allclose(got.energy.sum(1), 1, rtol=1e-5)
 
 
+def test_products_keep_float32_precision():
+    """Accelerators take bfloat16 or TF32 passes unless they are told not to."""
+    found = jax.make_jaxpr(lambda k: linearize.kernel_localisation(k, [1, 2]))
+    products = str(found(jnp.eye(3))).split("dot_general[")[1:]
+    assert products
+    for product in products:
+        assert "precision=(Precision.HIGHEST, Precision.HIGHEST)" in product
+
+
 def test_score_is_one_for_separate_tasks_and_zero_for_identical_ones():
     rng = np.random.default_rng(0)
     block = gram(rng, 3)
