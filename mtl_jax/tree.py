@@ -56,6 +56,7 @@ __all__ = [
     "tree_top_cutoff",
     "tree_top_mask",
     "unstack",
+    "wide_dtype",
 ]
 
 _GRAM_BLOCK = 8192
@@ -142,10 +143,20 @@ def unstack(tree: Any) -> list[Any]:
     return [jax.tree.map(lambda leaf, t=t: leaf[t], tree) for t in range(count)]
 
 
-def _wide(dtype: Any) -> Any:
-    """Arithmetic dtype of a leaf: float32, or its own where that is wider."""
-    narrow = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
-    return jnp.dtype(jnp.float32) if narrow else dtype
+def wide_dtype(dtype: Any) -> Any:
+    """The dtype in which sums are formed: float32, or its own where that is wider.
+
+    Args:
+      dtype: of a leaf; one that is not floating point is returned as it is.
+
+    Returns:
+      A dtype.
+
+    >>> wide_dtype(jnp.bfloat16), wide_dtype(jnp.complex64)
+    (dtype('float32'), dtype('complex64'))
+    """
+    narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 4
+    return jnp.dtype(jnp.float32) if narrow else jnp.dtype(dtype)
 
 
 @jax.jit
@@ -153,7 +164,7 @@ def _add_scaled(base, delta, scale):
     def leaf(b, d, s):
         if not is_inexact(b):
             return b
-        wide = _wide(b.dtype)
+        wide = wide_dtype(b.dtype)
         moved = b.astype(wide) + s.astype(wide) * d.astype(wide)
         return moved.astype(b.dtype)
 
@@ -204,7 +215,7 @@ def _combine(tree, weights):
     def leaf(x, w):
         if not is_inexact(x):
             return x[0]
-        wide = _wide(x.dtype)
+        wide = wide_dtype(x.dtype)
         w = w.astype(wide)
         total = w[0] * x[0].astype(wide)
         for t in range(1, x.shape[0]):

@@ -130,6 +130,22 @@ def test_combine_is_the_weighted_sum(dtype):
         tree.combine({"x": x}, jnp.ones(2))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "want"),
+    [
+        (jnp.bfloat16, "float32"),
+        (np.dtype("float16"), "float32"),
+        (jnp.float8_e4m3fn, "float32"),
+        (jnp.float32, "float32"),
+        ("float64", "float64"),
+        (jnp.complex64, "complex64"),
+        (jnp.int8, "int8"),
+    ],
+)
+def test_sums_are_formed_in_float32_or_wider(dtype, want):
+    assert tree.wide_dtype(dtype) == want
+
+
 @pytest.mark.parametrize("devices", [1, 8])
 def test_gram_matches_float64_blocked_or_not(devices, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: devices)

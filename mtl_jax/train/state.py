@@ -97,7 +97,9 @@ def init_state(
     trained, frozen = split(jax.tree.map(_fresh, params), trainable.frozen)
     average = None
     if ema:
-        average = jax.tree.map(lambda x: _fresh(x).astype(wide(x.dtype)), trained)
+        average = jax.tree.map(
+            lambda x: _fresh(x).astype(mtl_tree.wide_dtype(x.dtype)), trained
+        )
     with lenient_promotion():
         opt_state = trainable.tx.init(trained)
     return TrainState(
@@ -149,8 +151,3 @@ def _fresh(x: Any) -> jax.Array:
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.random.clone(x)
     return jnp.array(x, dtype=x.dtype, copy=True)
-
-
-def wide(dtype: Any) -> Any:
-    """float32, or float64 for float64: the dtype that sums and averages are kept in."""
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mtl_jax import tree as mtl_tree
 from mtl_jax.train import sharding
-from mtl_jax.train.state import TrainState, lenient_promotion, merge, wide
+from mtl_jax.train.state import TrainState, lenient_promotion, merge
 from mtl_jax.train.trainable import LossFn, Trainable
 
 Metrics = dict[str, chex.Array]
@@ -129,7 +129,9 @@ def _gradients(
         out, grads = value_and_grad(micro, jax.random.fold_in(key, index))
         return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads), out
 
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, wide(p.dtype)), state.params)
+    zeros = jax.tree.map(
+        lambda p: jnp.zeros(p.shape, mtl_tree.wide_dtype(p.dtype)), state.params
+    )
     rows = jax.tree.map(lambda x: _microbatches(x, mesh, accumulate), batch)
     total, (losses, metrics) = jax.lax.scan(body, zeros, (jnp.arange(accumulate), rows))
     grads = jax.tree.map(

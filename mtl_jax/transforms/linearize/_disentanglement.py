@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax import tree
-from mtl_jax.transforms.linearize._taylor import wide
 
 PredictFn = Callable[[chex.ArrayTree, Any], chex.Array]
 
@@ -27,7 +26,7 @@ def _move(params0, tau_a, tau_b, scale_a, scale_b):
     def leaf(p, a, b):
         if not tree.is_inexact(p):
             return p
-        dtype = wide(p.dtype)
+        dtype = tree.wide_dtype(p.dtype)
         moved = p.astype(dtype) + scale_a.astype(dtype) * a.astype(dtype)
         return (moved + scale_b.astype(dtype) * b.astype(dtype)).astype(p.dtype)
 

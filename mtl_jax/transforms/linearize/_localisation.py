@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtl_jax import tree
 from mtl_jax.transforms.linearize._ntk import empirical_ntk
-from mtl_jax.transforms.linearize._taylor import ApplyFn, wide
+from mtl_jax.transforms.linearize._taylor import ApplyFn
 
 
 class Localisation(NamedTuple):
@@ -68,7 +69,7 @@ def kernel_localisation(kernel: chex.Array, sizes: Sequence[int]) -> Localisatio
             f"[N, N], found sizes {sizes} and a kernel {kernel.shape}"
         )
     num_tasks = len(sizes)
-    dtype = wide(kernel.dtype)
+    dtype = tree.wide_dtype(kernel.dtype)
     mass = np.repeat([1 / (num_tasks * size) for size in sizes], sizes)
     root = jnp.asarray(np.sqrt(mass), dtype)
     scaled = root[:, None] * kernel.astype(dtype) * root[None, :]

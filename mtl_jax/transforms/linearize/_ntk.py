@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax import tree
-from mtl_jax.transforms.linearize._taylor import ApplyFn, float_part, wide
+from mtl_jax.transforms.linearize._taylor import ApplyFn, float_part
 
 
 def _on(
@@ -167,6 +167,6 @@ def empirical_ntk(
 
     columns = jax.lax.map(column, jnp.arange(n2 * cotangents), batch_size=batch_size)
     columns = columns.reshape(n2, num_kept, num_traced, n1, num_kept)
-    kernel = columns.astype(wide(columns.dtype)).sum(2) / num_traced
+    kernel = columns.astype(tree.wide_dtype(columns.dtype)).sum(2) / num_traced
     kernel = jnp.transpose(kernel, (2, 0, 3, 1)).reshape(n1, n2, *dims, *dims)
     return kernel.astype(left.dtype)

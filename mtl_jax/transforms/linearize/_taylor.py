@@ -32,16 +32,10 @@ def float_part(
     return [jnp.asarray(leaves[i]) for i in where], join
 
 
-def wide(dtype: Any) -> Any:
-    """The dtype in which sums are formed: float32, or its own where that is wider."""
-    narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 4
-    return jnp.dtype(jnp.float32) if narrow else jnp.dtype(dtype)
-
-
 @jax.custom_jvp
 def _add(primal: chex.Array, tangent: chex.Array) -> chex.Array:
     """Sum of both, formed wide; a zero tangent returns the primal, bit for bit."""
-    dtype = wide(primal.dtype)
+    dtype = tree.wide_dtype(primal.dtype)
     total = (primal.astype(dtype) + tangent.astype(dtype)).astype(primal.dtype)
     return jnp.where(tangent == 0, primal, total)  # -0.0 + 0.0 would be +0.0
 
@@ -73,7 +67,8 @@ def _subtract(params: chex.ArrayTree, params0: chex.ArrayTree) -> chex.ArrayTree
         if not tree.is_inexact(p0):
             return p0
         p, p0 = jnp.asarray(p), jax.lax.stop_gradient(jnp.asarray(p0))
-        dtype = max(wide(p.dtype), wide(p0.dtype), key=lambda d: d.itemsize)
+        dtypes = tree.wide_dtype(p.dtype), tree.wide_dtype(p0.dtype)
+        dtype = max(dtypes, key=lambda d: d.itemsize)
         return p.astype(dtype) - p0.astype(dtype)
 
     return jax.tree.map(leaf, params, params0)
@@ -217,17 +212,13 @@ def scale_sweep(
         )
 
         def scaled(scale):
-            return jax.tree.map(
-                lambda out, tan: (
-                    _add(
-                        out, scale.astype(wide(out.dtype)) * tan.astype(wide(out.dtype))
-                    )
-                    if tree.is_inexact(out)
-                    else out
-                ),
-                outputs,
-                tangents,
-            )
+            def leaf(out, tan):
+                if not tree.is_inexact(out):
+                    return out
+                wide = tree.wide_dtype(out.dtype)
+                return _add(out, scale.astype(wide) * tan.astype(wide))
+
+            return jax.tree.map(leaf, outputs, tangents)
 
         return jax.vmap(scaled)(scales)
 
