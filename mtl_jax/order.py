@@ -13,7 +13,7 @@ is exact, and the same on every platform and for every sharding.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -30,8 +30,8 @@ class Cutoff(NamedTuple):
     """The k largest magnitudes: above `bits`, or equal to it at an index below `limit`.
 
     Attributes:
-      bits: uint32, bit pattern of the smallest magnitude kept; [] or, for rows,
-        [..., 1].
+      bits: uint32, bit pattern of the smallest magnitude kept; [] or, for rows, the
+        shape of the array with 1 in the place of the axis along which rows run.
       limit: uint32 of the shape of `bits`; row-major index in the array (for rows, in
         the row). All ones: every equal entry is kept.
     """
@@ -63,12 +63,12 @@ def magnitude_bits(x: jax.Array) -> jax.Array:
     return bits & jnp.uint32(0x7FFFFFFF)
 
 
-def _index(shape: tuple[int, ...], first: int) -> jax.Array:
-    """Row-major index over the axes from `first` on; not stored where it fuses."""
+def _index(shape: tuple[int, ...], axes: Iterable[int]) -> jax.Array:
+    """Row-major index over ascending axes; not stored where it fuses."""
     index = jnp.zeros(shape, jnp.uint32)
-    for axis in range(first, len(shape)):
-        stride = jnp.uint32(math.prod(shape[axis + 1 :]))
-        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
+    for axis in axes:
+        index *= jnp.uint32(shape[axis])
+        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
     return index
 
 
@@ -85,7 +85,8 @@ def reaches(x: jax.Array, cutoff: Cutoff) -> jax.Array:
     bits = magnitude_bits(x)
     edge = jnp.broadcast_to(cutoff.bits, x.shape)
     limit = jnp.broadcast_to(cutoff.limit, x.shape)
-    index = _index(x.shape, x.ndim - 1 if jnp.ndim(cutoff.bits) else 0)
+    line = jnp.shape(cutoff.bits) or (1,) * x.ndim
+    index = _index(x.shape, [a for a, n in enumerate(x.shape) if n != line[a]])
     return (bits > edge) | ((bits == edge) & (index < limit))
 
 
@@ -208,12 +209,12 @@ def _radix(leaves: list[jax.Array], k: jax.Array, lines: Lines) -> _Edge:
 
 def _search(x: jax.Array, edge: _Edge, rows: bool) -> tuple[jax.Array, jax.Array]:
     """Where in each line the last wanted equal is, bit by bit; and the equals."""
-    first = x.ndim - 1 if rows else 1
-    length = math.prod(x.shape[first:])
+    axes = range(x.ndim - 1 if rows else 1, x.ndim)
+    length = math.prod(x.shape[a] for a in axes)
 
     def below(limit):
         hit = magnitude_bits(x) == _spread(edge.bits, x, rows)
-        return _count(hit & (_index(x.shape, first) < _spread(limit, x, rows)), rows)
+        return _count(hit & (_index(x.shape, axes) < _spread(limit, x, rows)), rows)
 
     def decide(i, least):
         trial = least | (jnp.uint32(1) << (length.bit_length() - 1 - i))

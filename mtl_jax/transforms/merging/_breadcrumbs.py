@@ -168,8 +168,9 @@ def breadcrumbs(
       `group="leaf"`. Their rows are the last axis of PyTorch's [out, in] weights, the
       inputs of one unit. Flax kernels are [..., in, out], and there the last axis would
       group the outputs of one input; `axis=unit_axis` gives their rows, -2 for leaves
-      named kernel and -1 for the rest. The paper's beta counts what is masked from the bottom: density =
-      1 - beta - drop_top. Counts are exact where quantiles are off by one on ties.
+      named kernel and -1 for the rest. The paper's beta counts what is masked from the
+      bottom: density = 1 - beta - drop_top. Counts are exact where quantiles are off
+      by one on ties.
 
     >>> taus = {"w": jnp.array([[4.0, -3.0, 2.0, 1.0]])}
     >>> breadcrumbs(taus, density=0.5, drop_top=0.25)["w"].tolist()

@@ -60,6 +60,71 @@ def test_exact_counts_and_the_middle_band(group, seed, density, drop_top, ties):
     assert masks["s"].all()
 
 
+def flax_tree(seed, ties=False):
+    """Two tasks of a small Flax model, and the same in PyTorch's layout."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(*shape):
+        x = rng.normal(size=(2, *shape))
+        return jnp.asarray(np.round(2 * x) if ties else x, jnp.float32)
+
+    flax = {
+        "dense": {"kernel": leaf(10, 4), "bias": leaf(4)},
+        "stacked": {"kernel": leaf(3, 10, 1)},
+        "embedding": leaf(3, 10),
+    }
+    torch = jax.tree.map_with_path(
+        lambda path, x: jnp.swapaxes(x, -1, -2) if path[-1].key == "kernel" else x, flax
+    )
+    return flax, torch
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("order", ["drop_first", "keep_first"])
+def test_unit_axis_groups_flax_kernels_as_pytorch_weights(ties, order):
+    flax, torch = flax_tree(6, ties)
+    options = {"density": 0.5, "drop_top": 0.2, "order": order}
+    for merge in (merging.breadcrumbs, merging.band_masks):
+        got = merge(flax, axis=merging.unit_axis, **options)
+        want = merge(torch, **options)
+        for name in ("dense", "stacked"):
+            transposed = jnp.swapaxes(got[name]["kernel"], -1, -2)
+            np.testing.assert_array_equal(transposed, want[name]["kernel"])
+        np.testing.assert_array_equal(got["dense"]["bias"], want["dense"]["bias"])
+        np.testing.assert_array_equal(got["embedding"], want["embedding"])
+    masks = merging.band_masks(flax, axis=merging.unit_axis, **options)
+    kept = {"drop_first": 5, "keep_first": 3}[order]
+    assert (masks["dense"]["kernel"].sum(1) == kept).all()
+    assert (masks["stacked"]["kernel"].sum(2) == kept).all()
+
+
+def test_equal_entries_go_by_index_along_the_row():
+    taus = {"kernel": jnp.ones((1, 4, 3))}
+    mask = merging.band_masks(taus, density=0.5, drop_top=0.25, axis=-2)["kernel"]
+    want = np.array([False, True, True, False])[None, :, None]
+    np.testing.assert_array_equal(mask, np.broadcast_to(want, (1, 4, 3)))
+
+
+def test_axis_by_number_path_or_tree():
+    taus = {"a": draw(7)["k"], "b": draw(8)["k"]}
+    options = {"density": 0.5, "drop_top": 0.1}
+    by_path = merging.breadcrumbs(
+        taus, axis=lambda path: -2 if path == "a" else -1, **options
+    )
+    by_tree = merging.breadcrumbs(taus, axis={"a": 0, "b": 1}, **options)
+    rows = merging.breadcrumbs(taus, **options)
+    units = merging.breadcrumbs(taus, axis=-2, **options)
+    jax.tree.map(np.testing.assert_array_equal, by_path, by_tree)
+    np.testing.assert_array_equal(by_path["a"], units["a"])
+    np.testing.assert_array_equal(by_path["b"], rows["b"])
+    assert (units["a"] != rows["a"]).any()
+    clean = merging.chain(
+        merging.drop_outliers(0.1, axis=-2), merging.keep_top(0.5, axis=-2)
+    )
+    got = merging.task_arithmetic(clean(taus))
+    jax.tree.map(np.testing.assert_array_equal, got, units)
+
+
 @groups
 def test_scale_and_sign_do_not_change_masks(group):
     taus, options = draw(1), {"density": 0.4, "drop_top": 0.2, "group": group}
@@ -149,6 +214,10 @@ def test_jit_equals_eager_and_weights_apply():
         ({"group": "layer"}, "group is 'layer'"),
         ({"order": "any"}, "order is 'any'"),
         ({"drop_top": -0.1}, "drop_top is -0.1"),
+        ({"axis": -2}, r"axis of 'w' is -2, wanted one of its 1 axes \(4,\)"),
+        ({"axis": 1}, "axis of 'w' is 1, wanted one of its 1 axes"),
+        ({"axis": 0.5}, "axis of 'w' is 0.5, wanted an integer"),
+        ({"axis": {"v": -1}}, "axis is neither a number"),
     ],
 )
 def test_refuses_by_name(options, message):
