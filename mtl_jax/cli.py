@@ -15,6 +15,8 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from mtl_jax import host
+
 if TYPE_CHECKING:
     from mtl_jax import catalog
 
@@ -33,7 +35,7 @@ class _Parser(argparse.ArgumentParser):
 
 _CONFIG_HELP = (
     "config file; any value of it can be replaced by --config.KEY=VALUE, "
-    "such as --config.optimizer.learning_rate=1e-4"
+    "such as --config.experts.optimizer.peak=1e-4"
 )
 
 
@@ -45,14 +47,15 @@ def _add_experiments(add: Callable[..., argparse.ArgumentParser]) -> None:
         """\
         mtl-jax run experiments/configs/tall_masks.py:demo
         mtl-jax run experiments/configs/tall_masks.py:tiny --workdir /tmp/try
-        mtl-jax run experiments/configs/tall_masks.py:demo --config.seed=1""",
+        mtl-jax run experiments/configs/tall_masks.py:demo --config.experts.seed=1""",
     )
     run.add_argument("config", metavar="CONFIG[:VARIANT]", help=_CONFIG_HELP)
     run.add_argument(
         "--workdir",
         metavar="DIR",
-        help="where results and checkpoints go, also gs:// "
-        "(default: runs/CONFIG-VARIANT)",
+        help="where the report and its results go, also gs:// (default: "
+        "runs/CONFIG-VARIANT); experts and their checkpoints are kept in the "
+        "package cache, $MTL_JAX_CACHE or ~/.cache/mtl_jax",
     )
 
     preflight = add(
@@ -146,20 +149,16 @@ def _overrides(extra: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _use_cpu_if_alone() -> None:
-    """Keeps JAX from probing for a TPU (and complaining) where there is none.
-
-    Call it before JAX is imported, which reads the variable.
-    """
-    accelerators = ("/dev/accel0", "/dev/vfio/0", "/dev/nvidiactl", "/dev/kfd")
-    if sys.platform == "linux" and not any(map(os.path.exists, accelerators)):
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-
 @contextlib.contextmanager
 def _workdir(name: str) -> Iterator[str]:
     """Makes the directory, or fails early; removes it again if nothing came of it."""
     if "://" in name:
+        from etils import epath
+
+        try:
+            epath.Path(name)
+        except (KeyError, ValueError):
+            raise ValueError(f"workdir {name}: no such kind of file system") from None
         yield name
         return
     path = pathlib.Path(name)
@@ -184,7 +183,7 @@ def _workdir(name: str) -> Iterator[str]:
 
 
 def _run(args: argparse.Namespace, extra: Sequence[str]) -> int:
-    _use_cpu_if_alone()
+    host.use_cpu_if_alone()
     from mtl_jax import configs
 
     config = configs.load_config(args.config, _overrides(extra))
@@ -192,6 +191,7 @@ def _run(args: argparse.Namespace, extra: Sequence[str]) -> int:
     from mtl_jax import run as runner
     from mtl_jax.report.progress import Progress
 
+    host.keep_compiled_programs()
     default = f"runs/{path.stem}-{variant or 'demo'}"
     with _workdir(args.workdir or default) as workdir, Progress() as progress:
         runner.run(config, workdir=workdir, progress=progress)
@@ -212,7 +212,7 @@ def _mesh(text: str | None) -> dict[str, int] | None:
 
 
 def _preflight(args: argparse.Namespace, extra: Sequence[str]) -> int:
-    _use_cpu_if_alone()
+    host.use_cpu_if_alone()
     from mtl_jax import configs
 
     mesh = _mesh(args.mesh)
@@ -301,7 +301,7 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    _use_cpu_if_alone()
+    host.use_cpu_if_alone()
     from etils import epath
 
     from mtl_jax import report

@@ -33,6 +33,8 @@ def split_spec(spec: str) -> tuple[pathlib.Path, str | None]:
 def _find(path: pathlib.Path) -> pathlib.Path:
     if path.is_file():
         return path
+    if not path.name:
+        raise ValueError("config: wants PATH.py or PATH.py:VARIANT; found no path")
     folder = path.parent
     if not folder.is_dir():
         raise ValueError(f"config {path}: no such file; {folder} is not a directory")
@@ -47,12 +49,16 @@ def _execute(path: pathlib.Path) -> dict[str, Any]:
     path = _find(path)
     try:
         scope = runpy.run_path(str(path), run_name=path.stem)
-    except SyntaxError as error:
-        raise ValueError(f"config {path}: {error}") from error
+    except Exception as error:  # Whatever the user's file raises.
+        raise ValueError(f"config {path}: {_described(error)}") from error
     named = scope.get("VARIANTS")
     if not callable(scope.get("get_config")) or not named:
         raise ValueError(f"config {path}: wants VARIANTS and get_config(variant)")
     return scope
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def variants(path: str | pathlib.Path) -> tuple[str, ...]:
@@ -156,7 +162,11 @@ def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> Config
         raise ValueError(
             f"config {path}: no variant {variant!r}; it has {', '.join(names)}"
         )
-    config = scope["get_config"](variant)
+    try:
+        config = scope["get_config"](variant)
+    except Exception as error:
+        where = f"config {path}: get_config({variant!r})"
+        raise ValueError(f"{where}: {_described(error)}") from error
     if not isinstance(config, ConfigDict):
         raise ValueError(
             f"config {path}: get_config must return a ConfigDict; "

@@ -125,3 +125,28 @@ def test_bad_file(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         configs.load_config(str(path))
+
+
+@pytest.mark.parametrize("spec", ["", ":", ":demo"])
+def test_no_path_at_all(spec):
+    with pytest.raises(ValueError, match="wants PATH.py"):
+        configs.load_config(spec)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("raise RuntimeError('boom')", "RuntimeError: boom"),
+        ("import no_such_module_at_all", "no_such_module_at_all"),
+        (
+            "VARIANTS = ('demo',)\ndef get_config(v): return 1 / 0",
+            r"get_config\('demo'",
+        ),
+        ("\0", "null bytes"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path, text, message):
+    path = tmp_path / "broken.py"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"config .*broken.py: .*{message}"):
+        configs.load_config(str(path))

@@ -52,6 +52,13 @@ def _rows(
     return data
 
 
+def _check_numbers(fn_name: str, batch_size: int, seed: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"{fn_name}: batch_size wants at least 1, found {batch_size}")
+    if seed < 0:
+        raise ValueError(f"{fn_name}: seed wants at least 0, found {seed}")
+
+
 def pipeline(
     source: Sequence[Element],
     *,
@@ -87,6 +94,7 @@ def pipeline(
     Raises:
       ValueError: a bad shard, or a source too small to fill one batch.
     """
+    _check_numbers("pipeline", batch_size, seed)
     share = len(source) // max(num_shards, 1)
     if drop_remainder and not repeat and share < batch_size:
         raise ValueError(
@@ -226,6 +234,7 @@ def mixture(
     """
     import grain
 
+    _check_numbers("mixture", batch_size, seed)
     names, rows = _named(sources)
     if weights is None:
         weights = mixture_weights([len(source) for source in rows], temperature)

@@ -131,6 +131,12 @@ class Study:
 
     def run(self, system: PostHoc) -> None:
         """Tunes and measures every row in order, then runs the analyses."""
+        for row in system.rows:
+            if row.experts not in self.taus:
+                raise ValueError(
+                    f"study: row {row.name!r} wants {row.experts!r} experts; modes has "
+                    f"{', '.join(self.taus)}"
+                )
         with self.progress.task("methods", total=len(system.rows)) as bar:
             for row in system.rows:
                 with self.progress.task(row.name):

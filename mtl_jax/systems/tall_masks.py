@@ -219,6 +219,8 @@ def _claims(study) -> None:
         ("task arithmetic", "consensus 2"),
         ("TIES", "consensus 2 (TIES)"),
     ):
+        if consensus not in score:  # The config asks for other counts.
+            continue
         gain = score[consensus] - score[merged]
         study.claim(
             f"Consensus improves on {merged}",

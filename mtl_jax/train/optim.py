@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -112,6 +113,11 @@ def optimizer(
         if "mask" not in inspect.signature(make).parameters:
             raise ValueError(f"optimizer: {name!r} has no weight decay, found no_decay")
         options["mask"] = _decay_mask(tuple(no_decay))
+    if isinstance(learning_rate, (int, float)) and not 0 <= learning_rate < math.inf:
+        raise ValueError(
+            f"optimizer: learning_rate wants a finite number >= 0, found "
+            f"{learning_rate}"
+        )
     if isinstance(learning_rate, Sequence):
         kind, rest = learning_rate
         learning_rate = schedule(kind, **rest)
@@ -160,6 +166,9 @@ def _check_options(
         raise ValueError(
             f"{kind}: {name!r} takes no {unknown[0]!r}, only {sorted(known)}"
         )
+    for key, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{kind}: {key} wants a finite number, found {value}")
     missing = [
         key
         for key, parameter in known.items()

@@ -247,7 +247,7 @@ def _without_cache() -> Iterator[None]:
 
 
 def _devices(topology: str) -> list[Any]:
-    if not re.fullmatch(r"\w+:\d+x\d+(x\d+)?", topology):
+    if not re.fullmatch(r"\w+:[1-9]\d{0,3}(x[1-9]\d{0,3}){1,2}", topology):
         raise ValueError(
             f"preflight: found topology {topology!r}, wanted a form such as {_FORMS}"
         )

@@ -8,6 +8,7 @@ makes a new one.
 import dataclasses
 import hashlib
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -49,6 +50,18 @@ class Settings:
     optimizer: Any
     logit_scale: float
     seed: int
+
+    def __post_init__(self):
+        for name, found in (("steps", self.steps), ("batch_size", self.batch_size)):
+            if found < 1:
+                raise ValueError(f"Settings: {name} wants at least 1, found {found}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"Settings: seed wants 0 to 2**32 - 1, found {self.seed}")
+        if not 0 < self.logit_scale < math.inf:
+            raise ValueError(
+                f"Settings: logit_scale wants a positive number, found "
+                f"{self.logit_scale}"
+            )
 
 
 def make_optimizer(settings: Settings) -> optax.GradientTransformation:
@@ -174,6 +187,17 @@ def open_zoo(
       ValueError: an unknown mode, or a cached file that is damaged.
     """
     tasks = tuple(tasks)
+    if not tasks or not modes:
+        raise ValueError(
+            f"open_zoo: wants tasks and modes, found {len(tasks)} tasks and {modes}"
+        )
+    if checkpoint_every is not None and (
+        not isinstance(checkpoint_every, int) or checkpoint_every < 1
+    ):
+        raise ValueError(
+            "open_zoo: checkpoint_every wants None or at least 1, found "
+            f"{checkpoint_every!r}"
+        )
     for mode in modes:
         if mode not in MODES:
             raise ValueError(f"open_zoo: modes are {MODES}, found {mode!r}")

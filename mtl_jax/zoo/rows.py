@@ -6,6 +6,8 @@ settings may be tuned on validation data; the study does the rest, the same for 
 """
 
 import dataclasses
+import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,6 +27,15 @@ def _shared_bits(num_tasks: int, trained: int, frozen: int) -> int:
 def _individual_bits(num_tasks: int, trained: int, frozen: int) -> int:
     """One set of trained weights per task, the frozen ones once."""
     return 32 * (num_tasks * trained + frozen)
+
+
+def _check_grid(row: str, name: str, grid: tuple[float, ...]) -> None:
+    if not grid or not all(
+        isinstance(x, numbers.Real) and math.isfinite(x) for x in grid
+    ):
+        raise ValueError(
+            f"row {row!r}: {name} wants one or more finite numbers, found {grid}"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +60,9 @@ class SharedModel:
     linear: bool = False
     experts: str = "standard"
 
+    def __post_init__(self):
+        _check_grid(self.name, "scales", self.scales)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskModels:
@@ -72,6 +86,9 @@ class TaskModels:
     bits: Callable[[int, int, int], int] = _individual_bits
     linear: bool = False
     experts: str = "standard"
+
+    def __post_init__(self):
+        _check_grid(self.name, "knobs", self.knobs)
 
 
 Row = SharedModel | TaskModels

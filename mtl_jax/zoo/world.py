@@ -41,6 +41,13 @@ def world(
       sizes: rows of train, validation and test per task.
       progress: a `report.Progress`.
     """
+    if len(sizes) != 3 or min(tasks, hidden, pretrain_steps, *sizes) < 1:
+        raise ValueError(
+            f"world: wants tasks={tasks}, hidden={hidden}, pretrain_steps="
+            f"{pretrain_steps} and three sizes={tuple(sizes)}, all at least 1"
+        )
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"world: seed wants 0 to 2**32 - 1, found {seed}")
     bench = synthetic.zero_shot_world(jax.random.key(seed), tasks=tasks, sizes=sizes)
     module = models.Mlp(features=(hidden, hidden, bench.world.text.shape[1]))
 

@@ -250,3 +250,12 @@ def test_to_arrays():
 def test_array_source_refuses_ragged_arrays():
     with pytest.raises(ValueError, match=r"'a': 2, 'b': 3"):
         data.ArraySource({"a": np.zeros(2), "b": np.zeros(3)})
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"batch_size": 1, "seed": -1}])
+def test_numbers_out_of_range(options):
+    source = data.ArraySource({"x": np.zeros((4, 2))})
+    with pytest.raises(ValueError, match="pipeline: .*wants at least"):
+        data.pipeline(source, **options)
+    with pytest.raises(ValueError, match="mixture: .*wants at least"):
+        data.mixture({"a": source}, **options)

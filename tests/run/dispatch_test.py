@@ -1,4 +1,5 @@
 import pytest
+from ml_collections import ConfigDict
 
 from mtl_jax import configs, run
 
@@ -41,3 +42,16 @@ def test_paper_step_compiles_for_a_tpu():
     )
     found = run.preflight(config, topology="v5e:2x2")
     assert found.fits and found.num_devices == 4 and found.num_params > 85e6
+
+
+def test_configs_that_are_not_whole(quiet, tmp_path):
+    with pytest.raises(ValueError, match="config: lacks suite, experts, modes"):
+        run.run(ConfigDict({"system": "x"}), workdir=tmp_path, progress=quiet)
+
+
+def test_options_of_another_suite(quiet, tmp_path):
+    config = configs.load_config(f"{CONFIG}:tiny", {"suite.name": "small_vit"})
+    with config.unlocked():
+        config.suite.options = {"names": ("digits",), "base": {"hidden": 1}}
+    with pytest.raises(ValueError, match="suite 'small_vit': .*hidden"):
+        run.run(config, workdir=tmp_path, progress=quiet)

@@ -1,8 +1,10 @@
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from mtl_jax import report, zoo
+from mtl_jax import report, tree, zoo
 from mtl_jax.run import study as study_lib
 from mtl_jax.transforms import merging
 
@@ -22,7 +24,36 @@ def test_experts_are_their_own_reference(study):
     assert found.chosen == (1.0, 1.0, 1.0)
 
 
-def test_the_scale_is_the_best_on_validation_rows(study):
+def test_scales_and_knobs_are_chosen_on_validation_rows_only(study, monkeypatch):
+    """An evaluator whose validation and test rows want different settings."""
+    asked = []
+
+    def accuracy(trained, task, split, *, linear=False, digest=None):
+        del linear, digest
+        asked.append(split)
+        size = float(jax.tree.leaves(trained)[0].mean())
+        best = {"validation": 0.5, "test": 1.0}[split]
+        return 0.9 - abs(size - best) / 10
+
+    monkeypatch.setattr(study.evaluator, "accuracy", accuracy)
+    monkeypatch.setattr(study, "move", lambda delta, scale=1.0: {"w": delta * scale})
+    shared = zoo.SharedModel(
+        name="shared", delta=lambda taus, chosen: jnp.ones(1), scales=(0.25, 0.5, 1.0)
+    )
+    knobs = zoo.TaskModels(
+        name="knobs",
+        prepare=lambda taus, chosen: None,
+        delta=lambda state, task, knob: jnp.full(1, knob),
+        knobs=(1.0, 0.5),
+    )
+    study.run(zoo.PostHoc(rows=(shared, knobs)))
+    assert study.results["shared"].chosen == (0.5,)
+    assert study.results["knobs"].chosen == (0.5, 0.5, 0.5)
+    np.testing.assert_allclose(study.results["shared"].accuracy, 0.85)
+    assert set(asked) == {"validation", "test"}
+
+
+def test_the_tested_model_is_the_chosen_one(study):
     row = zoo.SharedModel(
         name="sum",
         delta=lambda taus, chosen: merging.task_arithmetic(taus),
@@ -31,9 +62,16 @@ def test_the_scale_is_the_best_on_validation_rows(study):
     study.run(zoo.PostHoc(rows=(row,)))
     found = study.results["sum"]
     assert found.grid == (0.0, 0.1, 0.5, 1.0, 4.0)
-    assert found.curve[found.grid.index(found.chosen[0])] == max(found.curve)
     model = study.move(row.delta(study.taus["standard"], {}), found.chosen[0])
     np.testing.assert_allclose(found.accuracy, study.measure(model, "test"))
+
+
+def test_tangent_rows_are_measured_against_tangent_experts(study):
+    row = zoo.individual("post-hoc", linear=True)
+    study.run(zoo.PostHoc(rows=(zoo.individual(), row)))
+    np.testing.assert_allclose(study.results["post-hoc"].normalised, 1.0)
+    plain, tangent = study.results["fine-tuned"].bits, study.results["post-hoc"].bits
+    assert tangent == plain + 32 * tree.size(study.zoo.base)
 
 
 def test_rows_see_what_was_chosen_before(study):
@@ -58,8 +96,6 @@ def test_rows_see_what_was_chosen_before(study):
 
 def test_cosines_are_those_of_whole_vectors(study):
     taus = study.taus["standard"]
-    import jax
-
     flat = np.concatenate(
         [np.asarray(x, np.float64).reshape(3, -1) for x in jax.tree.leaves(taus)], 1
     )
@@ -74,3 +110,11 @@ def test_report_shows_results_and_claims(study, tmp_path, capsys):
     page = (tmp_path / "report" / "index.html").read_text()
     assert "zero-shot" in page and "water is dry" in page
     assert "fine-tuned" in capsys.readouterr().out
+
+
+def test_rows_of_experts_that_were_not_trained(study):
+    row = zoo.individual("absent", experts="linear")
+    study.taus.pop("linear", None)
+    with pytest.raises(ValueError, match="row 'absent' wants 'linear' experts"):
+        study.run(zoo.PostHoc(rows=(row,)))
+    assert not study.results

@@ -5,6 +5,7 @@ import optax
 import pytest
 
 from mtl_jax import train
+from mtl_jax.train import optim
 
 pytestmark = pytest.mark.fast
 
@@ -90,3 +91,16 @@ def test_schedule_by_name_inside_an_optimizer():
 def test_bad_names_and_options(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("rate", [-1.0, float("nan"), float("inf")])
+def test_rates_that_are_no_rates(rate):
+    with pytest.raises(ValueError, match="optimizer: learning_rate wants"):
+        optim.optimizer("adam", rate)
+
+
+def test_options_that_are_not_finite():
+    with pytest.raises(ValueError, match="schedule: peak wants a finite number"):
+        optim.schedule("linear", peak=float("nan"), steps=4)
+    with pytest.raises(ValueError, match="optimizer: b1 wants a finite number"):
+        optim.optimizer("adam", 0.1, b1=float("nan"))

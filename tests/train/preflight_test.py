@@ -192,3 +192,10 @@ def test_lower_bounds_and_unknown_sizes_show_in_the_text():
     text = report.to_text()
     assert "at least 10" in text and "unknown needed of unknown" in text
     assert dataclasses.replace(report, while_loops=0).to_text().count("at least") == 0
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("topology", ["v5e:0x0", "v5e:2x0", "v5p:2x2x0", "v5e:99999x1"])
+def test_sizes_that_crash_the_compiler_are_refused(topology):
+    with pytest.raises(ValueError, match="wanted a form such as"):
+        preflight_lib._devices(topology)

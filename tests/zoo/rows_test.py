@@ -24,3 +24,16 @@ def test_individual_and_zero_shot_are_the_ends():
 def test_storage_counts_trained_weights_once_per_model():
     assert zoo.zero_shot().bits(8, 10, 3) == 32 * 13
     assert zoo.individual().bits(8, 10, 3) == 32 * 83
+
+
+@pytest.mark.parametrize("grid", [(), (float("nan"), 1.0), (float("inf"),), ("a",)])
+def test_grids_are_finite_numbers(grid):
+    with pytest.raises(ValueError, match="row 'r': scales wants"):
+        zoo.SharedModel(name="r", delta=lambda taus, chosen: taus, scales=grid)
+    with pytest.raises(ValueError, match="row 'r': knobs wants"):
+        zoo.TaskModels(
+            name="r",
+            prepare=lambda taus, chosen: taus,
+            delta=lambda state, task, knob: state,
+            knobs=grid,
+        )

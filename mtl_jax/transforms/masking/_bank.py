@@ -68,7 +68,7 @@ class MaskBank:
           The bank.
 
         Raises:
-          ValueError: naming the leaf that does not fit.
+          ValueError: naming the leaf that does not fit, or holds NaN or infinity.
         """
         tree.check_match("MaskBank", base, delta, other_name="delta")
         num_tasks = tree.num_tasks("MaskBank", masks)
@@ -82,6 +82,8 @@ class MaskBank:
             tree.check_match("MaskBank", wanted, shapes, other_name="masks")
             masks = pack(masks, per_task=True)
         check_packed("MaskBank", masks, base)
+        tree.check_finite("MaskBank: base", base)
+        tree.check_finite("MaskBank: delta", delta)
         base, delta = jax.tree.map(jnp.asarray, (base, delta))
         return cls(
             base=base, delta=delta, masks=masks, scale=jnp.asarray(scale, jnp.float32)

@@ -6,6 +6,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from mtl_jax.transforms.merging import _compose
+
 
 class Trial(NamedTuple):
     """One scale that was tried: its value, its control and whether it may be chosen."""
@@ -48,8 +50,8 @@ def scale_search(
       `ScaleSearch`.
 
     Raises:
-      ValueError: an objective that does not exist, a value that is NaN, or an
-        `eval_fn` that returns no pair under a constraint.
+      ValueError: an objective that does not exist, a scale that is not finite, a
+        value that is NaN, or an `eval_fn` that returns no pair under a constraint.
 
     Follows: Ilharco et al. 2023, "Editing Models with Task Arithmetic", sections 3
       and 4; the grid of Ortiz-Jimenez et al. 2023 is `numpy.linspace(0, 1, 21)`.
@@ -62,7 +64,10 @@ def scale_search(
         raise ValueError(
             f"scale_search: objective is {objective!r}, wanted 'max' or 'min'"
         )
-    scales = [0.0, *(float(s) for s in grid if float(s) != 0.0)]
+    grid = [_compose.number("scale_search", "a scale of grid", s) for s in grid]
+    if not all(map(math.isfinite, grid)):
+        raise ValueError(f"scale_search: grid is {grid}, wanted finite scales")
+    scales = [0.0, *(s for s in grid if s != 0.0)]
     trials: list[Trial] = []
     for scale in scales:
         value, control = _evaluate(eval_fn, scale, constraint)
@@ -109,7 +114,8 @@ def normalised_accuracy(accuracies: Any, finetuned: Any) -> float:
       A float; 1.0 where merging costs nothing.
 
     Raises:
-      ValueError: the shapes differ, or a fine-tuned accuracy is not positive.
+      ValueError: the shapes differ, a fine-tuned accuracy is not positive, or an
+        accuracy is NaN or infinite.
 
     Follows: Ilharco et al. 2023, "Editing Models with Task Arithmetic", section 4.
 
@@ -124,4 +130,6 @@ def normalised_accuracy(accuracies: Any, finetuned: Any) -> float:
         )
     if not np.all(best > 0):
         raise ValueError("normalised_accuracy: a fine-tuned accuracy is not positive")
+    if not np.all(np.isfinite(have)):
+        raise ValueError(f"normalised_accuracy: accuracies are {have.tolist()}")
     return float(np.mean(have / best))

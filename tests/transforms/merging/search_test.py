@@ -69,3 +69,14 @@ def test_normalised_accuracy():
         merging.normalised_accuracy([0.5], [0.0])
     with pytest.raises(ValueError, match="one of each per task"):
         merging.normalised_accuracy([0.5], [0.5, 0.5])
+
+
+@pytest.mark.parametrize("grid", [[float("nan")], [0.1, float("inf")], ["x"], [None]])
+def test_a_grid_of_numbers(grid):
+    with pytest.raises(ValueError, match="scale_search: .*wanted"):
+        merging.scale_search(lambda scale: 1.0, grid)
+
+
+def test_accuracies_are_numbers():
+    with pytest.raises(ValueError, match="normalised_accuracy: accuracies are"):
+        merging.normalised_accuracy([float("nan")], [0.5])
