@@ -1,11 +1,12 @@
 import json
 import pathlib
+import re
 import sys
 import types
 
 import pytest
 
-from mtl_jax import catalog, cli, report
+from mtl_jax import catalog, cli, configs, host, report
 
 pytestmark = pytest.mark.fast
 
@@ -84,6 +85,15 @@ def test_run_passes_config_and_default_workdir(config, runner, capsys):
     ((found, workdir),) = runner.calls
     assert found.seed == 3 and workdir == "runs/small-demo"
     assert pathlib.Path(workdir).is_dir()
+
+
+def test_only_run_keeps_compiled_programs(config, runner, monkeypatch):
+    calls = []
+    monkeypatch.setattr(host, "keep_compiled_programs", lambda: calls.append(1))
+    cli.main(["preflight", config, "--topology", "v5e:1x1"])
+    assert calls == []
+    cli.main(["run", config])
+    assert calls == [1]
 
 
 @pytest.mark.parametrize(
@@ -193,6 +203,22 @@ def test_report_of_a_damaged_file(tmp_path, capsys, text):
     assert cli.main(["report", str(tmp_path)]) == 2
     one_line(capsys.readouterr())
     assert not (tmp_path / "index.html").exists()
+
+
+@pytest.mark.parametrize("command", ["run", "preflight"])
+def test_every_override_that_help_shows_exists(capsys, command):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    text = capsys.readouterr().out
+    shown = re.findall(r"--config\.([a-z_.]+)=(\S+)", text)
+    assert shown
+    tiny = pathlib.Path(__file__).parents[1] / "experiments/configs/tall_masks.py"
+    loaded = configs.load_config(f"{tiny}:tiny", dict(shown))
+    for key, value in shown:
+        node = loaded
+        for part in key.split("."):
+            node = node[part]
+        assert node == float(value)
 
 
 @pytest.mark.parametrize("command", ["run", "list", "show", "report", "preflight"])

@@ -27,7 +27,7 @@ ORDER = (
     {"zoo"},
     {"systems"},
     {"run"},
-    {"configs", "cli", "__main__"},
+    {"host", "configs", "cli", "__main__"},
 )
 PURE = {"_checks", "tree", "order", "kernels", "transforms"}
 PURE_IMPORTS = {"jax", "numpy", "optax", "chex", "mtl_jax"} | sys.stdlib_module_names

@@ -10,7 +10,6 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mtl_jax import catalog, data, report, train, zoo
-from mtl_jax.data import wheels
 from mtl_jax.run import study as study_lib
 
 Suite = tuple[zoo.Encoder, tuple[zoo.TaskData, ...]]
@@ -52,13 +51,6 @@ def _system(config: ConfigDict) -> tuple[catalog.Entry, Any]:
     return entry, importlib.import_module(entry.module)
 
 
-def _check_parts(config: ConfigDict) -> None:
-    parts = ("system", "suite", "experts", "modes", "mesh", "remember", "study")
-    missing = [name for name in parts if name not in config]
-    if missing:
-        raise ValueError(f"config: lacks {', '.join(missing)}")
-
-
 def _plain(config: Any) -> dict[str, Any]:
     """Plain dicts; tuples stay tuples."""
     return copy.deepcopy(config.to_dict())
@@ -85,18 +77,11 @@ def run(config: ConfigDict, *, workdir: Any, progress: Any) -> report.Report:
     Raises:
       ValueError: on a config that names what does not exist.
     """
-    _check_parts(config)
     entry, module = _system(config)
     train.initialize()
-    _use_compile_cache()
     system = module.build(config)
     make_suite = _lookup("suite", SUITES, config.suite.name)
-    try:
-        encoder, tasks = make_suite(_plain(config.suite.options), progress)
-    except TypeError as error:
-        if "keyword" not in str(error):
-            raise
-        raise ValueError(f"suite {config.suite.name!r}: {error}") from error
+    encoder, tasks = make_suite(_plain(config.suite.options), progress)
     opened = zoo.open_zoo(
         encoder,
         tasks,
@@ -113,13 +98,6 @@ def run(config: ConfigDict, *, workdir: Any, progress: Any) -> report.Report:
     study.run(system)
     study_lib.write(study, epath.Path(workdir))
     return document
-
-
-def _use_compile_cache() -> None:
-    """Compiled programs outlive the process, unless the user has chosen otherwise."""
-    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
-        jax.config.update("jax_compilation_cache_dir", str(wheels.cache_dir() / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def preflight(
