@@ -153,6 +153,12 @@ def _overrides(extra: Sequence[str]) -> dict[str, str]:
 def _workdir(name: str) -> Iterator[str]:
     """Makes the directory, or fails early; removes it again if nothing came of it."""
     if "://" in name:
+        from etils import epath
+
+        try:
+            epath.Path(name)
+        except (KeyError, ValueError):
+            raise ValueError(f"workdir {name}: no such kind of file system") from None
         yield name
         return
     path = pathlib.Path(name)

@@ -51,6 +51,13 @@ def _system(config: ConfigDict) -> tuple[catalog.Entry, Any]:
     return entry, importlib.import_module(entry.module)
 
 
+def _check_parts(config: ConfigDict) -> None:
+    parts = ("system", "suite", "experts", "modes", "mesh", "remember", "study")
+    missing = [name for name in parts if name not in config]
+    if missing:
+        raise ValueError(f"config: lacks {', '.join(missing)}")
+
+
 def _plain(config: Any) -> dict[str, Any]:
     """Plain dicts; tuples stay tuples."""
     return copy.deepcopy(config.to_dict())
@@ -77,11 +84,17 @@ def run(config: ConfigDict, *, workdir: Any, progress: Any) -> report.Report:
     Raises:
       ValueError: on a config that names what does not exist.
     """
+    _check_parts(config)
     entry, module = _system(config)
     train.initialize()
     system = module.build(config)
     make_suite = _lookup("suite", SUITES, config.suite.name)
-    encoder, tasks = make_suite(_plain(config.suite.options), progress)
+    try:
+        encoder, tasks = make_suite(_plain(config.suite.options), progress)
+    except TypeError as error:
+        if "keyword" not in str(error):
+            raise
+        raise ValueError(f"suite {config.suite.name!r}: {error}") from error
     opened = zoo.open_zoo(
         encoder,
         tasks,
