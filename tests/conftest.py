@@ -1,13 +1,36 @@
 """Shared test setup: eight fake CPU devices, strict numerics, a compile cache."""
 
+import atexit
 import os
 import pathlib
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 
 import hypothesis
 import jax
 import pytest
+
+
+def _private_cache() -> str:
+    """A package cache of this session's own, but for what was fetched and prepared.
+
+    Nothing that the code under test computed earlier, or under another JAX, is found.
+    """
+    real = pathlib.Path(
+        os.environ.get("MTL_JAX_CACHE", pathlib.Path.home() / ".cache" / "mtl_jax")
+    )
+    private = pathlib.Path(tempfile.mkdtemp(prefix="mtl-jax-tests-"))
+    for name in ("packages", "files", "tfds"):
+        (real / name).mkdir(parents=True, exist_ok=True)
+        (private / name).symlink_to(real / name, target_is_directory=True)
+    atexit.register(shutil.rmtree, private, ignore_errors=True)
+    return str(private)
+
+
+os.environ["MTL_JAX_CACHE"] = _private_cache()
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -45,7 +68,7 @@ def tiny_suite(quiet):
     """Encoder and three tasks of a very small synthetic world."""
     from mtl_jax import zoo
 
-    sizes = {"tasks": 3, "hidden": 16, "pretrain_steps": 20, "sizes": (64, 32, 32)}
+    sizes = {"tasks": 3, "hidden": 32, "pretrain_steps": 100, "sizes": (64, 32, 32)}
     return zoo.world(**sizes, seed=0, progress=quiet)
 
 

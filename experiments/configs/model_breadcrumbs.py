@@ -40,13 +40,16 @@ def get_config(variant: str = "demo") -> ConfigDict:
             "study": {
                 "density": 0.15,
                 "drop_top": 0.01,
-                "scales": (0.3, 0.5, 0.8, 1.2, 1.6)
-                if small
-                else (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6),
+                "scales": presets.SCALES if small else presets.FINE_SCALES,
+                "sparse_scales": presets.SPARSE_SCALES,
                 # The growth study: settings frozen on pairs of tasks.
-                "growth_sizes": (2, 4, 8) if small else (2, 3, 4, 5, 6, 8),
-                "subsets": 3 if small else 30,
-                "densities": (0.15,) if small else (0.1, 0.2, 0.4),
+                "growth_sizes": {
+                    "demo": (2, 4, 8),
+                    "tiny": (2, 3),
+                    "vision": (2, 3, 4),
+                }.get(variant, (2, 3, 4, 5, 6, 8)),
+                "subsets": 3 if small else 10,
+                "densities": (0.15,) if small else (0.15, 0.4),
                 "drop_tops": (0.01,) if small else (0.0, 0.01, 0.1),
                 "seed": 0,
             },

@@ -20,7 +20,6 @@ VARIANTS = ("demo", "vision", "world", "tiny", "paper")
 
 def get_config(variant: str = "demo") -> ConfigDict:
     """The experiment in one of its sizes."""
-    tenths = tuple(round(0.1 * i, 1) for i in range(1, 11))
     suite, experts = {
         "demo": presets.text,
         "vision": presets.vision,
@@ -28,7 +27,6 @@ def get_config(variant: str = "demo") -> ConfigDict:
         "tiny": lambda: presets.world(tiny=True),
         "paper": presets.clip,
     }[variant]()
-    coarse = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
     return ConfigDict(
         {
             "system": "tall-masks",
@@ -40,10 +38,10 @@ def get_config(variant: str = "demo") -> ConfigDict:
             "checkpoint_every": 500 if variant == "paper" else None,
             "study": {
                 "mask_scales": (0.2, 0.3, 0.4, 0.5, 0.6),
-                "scales": coarse if variant == "demo" else tenths,
-                # Means of few entries: TIES and breadcrumbs want larger strengths.
-                "sparse_scales": (0.3, 0.5, 0.7, 1.0, 1.3, 1.6),
+                "scales": presets.SCALES if variant == "demo" else presets.FINE_SCALES,
+                "sparse_scales": presets.SPARSE_SCALES,
                 "min_tasks": (2,) if variant == "demo" else (1, 2, 3),
+                "seed": 0,
             },
         }
     )

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -78,7 +79,8 @@ def run(config: ConfigDict, *, workdir: Any, progress: Any) -> report.Report:
     Args:
       config: names the `system`, the `suite` of tasks, how `experts` are trained and
         what the `study` compares; see `experiments/configs`.
-      workdir: folder for `report/`, `results.json` and the resolved config.
+      workdir: gets `report/`: `index.html`, and `results.json`, which holds the
+        resolved config too. Experts are kept in the package cache.
       progress: a `report.Progress`.
 
     Raises:
@@ -86,7 +88,11 @@ def run(config: ConfigDict, *, workdir: Any, progress: Any) -> report.Report:
     """
     _check_parts(config)
     entry, module = _system(config)
-    train.initialize()
+    if train.initialize():
+        raise ValueError(
+            "run: merging studies run in one process, found several; the trainer "
+            "itself runs in as many as there are"
+        )
     system = module.build(config)
     make_suite = _lookup("suite", SUITES, config.suite.name)
     try:
@@ -101,6 +107,7 @@ def run(config: ConfigDict, *, workdir: Any, progress: Any) -> report.Report:
         zoo.Settings(**_plain(config.experts)),
         modes=tuple(config.modes),
         checkpoint_every=config.get("checkpoint_every"),
+        mesh=_mesh(config),
         progress=progress,
     )
     document = report.Report(
@@ -111,6 +118,18 @@ def run(config: ConfigDict, *, workdir: Any, progress: Any) -> report.Report:
     study.run(system)
     study_lib.write(study, epath.Path(workdir))
     return document
+
+
+def _mesh(config: ConfigDict) -> jax.sharding.Mesh:
+    """The config's mesh; a free data axis is as large as the batch divides into."""
+    axes = _plain(config.mesh)
+    devices = jax.devices()
+    if axes.get("data", -1) == -1:
+        others = math.prod(size for name, size in axes.items() if name != "data")
+        most = max(1, len(devices) // max(1, others))
+        batch = config.experts.batch_size
+        axes["data"] = max(n for n in range(1, most + 1) if batch % n == 0)
+    return train.make_mesh(**axes, devices=devices[: math.prod(axes.values())])
 
 
 def preflight(

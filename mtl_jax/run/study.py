@@ -29,7 +29,7 @@ class Result:
       accuracy: [T] on test data.
       normalised: [T], accuracy divided by the expert's of the same kind.
       bits: storage of what serves all tasks.
-      seconds: making, tuning and measuring.
+      seconds: making, tuning and measuring; None where all answers were remembered.
     """
 
     row: SharedModel | TaskModels
@@ -39,7 +39,7 @@ class Result:
     accuracy: np.ndarray
     normalised: np.ndarray
     bits: int
-    seconds: float
+    seconds: float | None
 
 
 class Study:
@@ -48,7 +48,7 @@ class Study:
     Attributes:
       zoo: experts and tasks.
       evaluator: accuracy by content.
-      config: the `study` part of the experiment.
+      config: the whole experiment; what the study compares is `config.study`.
       taus: expert kind -> task vectors with leaves [T, ...].
       results: row name -> `Result`.
       report: collects tables and figures.
@@ -75,7 +75,7 @@ class Study:
         }
         self.results: dict[str, Result] = {}
         self.claims: list[tuple[str, str, bool]] = []
-        self._reference: dict[tuple[str, str], np.ndarray] = {}
+        self._reference: dict[tuple[str, str, bool], np.ndarray] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -87,18 +87,22 @@ class Study:
         """What validation chose, by row."""
         return {name: result.chosen for name, result in self.results.items()}
 
-    def reference(self, kind: str, split: str) -> np.ndarray:
-        """[T] accuracy of the experts of a kind, each on its own task and space."""
-        if (kind, split) not in self._reference:
-            self._reference[kind, split] = np.array(
-                [
-                    self.evaluator.accuracy(
-                        expert, task, split, linear=kind == "linear"
-                    )
-                    for task, expert in enumerate(self.zoo.experts[kind])
-                ]
-            )
-        return self._reference[kind, split]
+    def reference(self, kind: str, split: str, *, linear: bool) -> np.ndarray:
+        """[T] accuracy of the experts of a kind on their own tasks, in a space."""
+        key = (kind, split, linear)
+        if key not in self._reference:
+            found = [
+                self.evaluator.accuracy(expert, task, split, linear=linear)
+                for task, expert in enumerate(self.zoo.experts[kind])
+            ]
+            if min(found) <= 0:
+                name = self.names[int(np.argmin(found))]
+                raise ValueError(
+                    f"reference: the expert of {name!r} is never right on its {split} "
+                    "rows; nothing can be measured by it"
+                )
+            self._reference[key] = np.array(found)
+        return self._reference[key]
 
     def move(self, delta: chex.ArrayTree, scale: float = 1.0) -> Any:
         """Trained leaves `base + scale * delta`."""
@@ -126,7 +130,7 @@ class Study:
             self.evaluator.accuracy(model, t, split, linear=linear, digest=digest)
             for t in tasks
         ]
-        reference = self.reference(kind, split)[list(tasks)]
+        reference = self.reference(kind, split, linear=linear)[list(tasks)]
         return merging.normalised_accuracy(found, reference)
 
     def run(self, system: PostHoc) -> None:
@@ -153,7 +157,7 @@ class Study:
             analysis(self)
 
     def _shared(self, row: SharedModel) -> Result:
-        began = time.monotonic()
+        began = (time.monotonic(), self.evaluator.computed)
         delta = row.delta(self.taus[row.experts], self.chosen)
 
         if row.linear and len(row.scales) > 1:
@@ -185,17 +189,17 @@ class Study:
                 for task in range(len(self.zoo.tasks))
             ]
         )
-        reference = self.reference(row.experts, "validation")
+        reference = self.reference(row.experts, "validation", linear=row.linear)
         return {
             scale: merging.normalised_accuracy(accuracy, reference)
             for scale, accuracy in zip(scales, found.T, strict=True)
         }
 
     def _per_task(self, row: TaskModels) -> Result:
-        began = time.monotonic()
+        began = (time.monotonic(), self.evaluator.computed)
         state = row.prepare(self.taus[row.experts], self.chosen)
         curves, chosen, accuracy = [], [], []
-        reference = self.reference(row.experts, "validation")
+        reference = self.reference(row.experts, "validation", linear=row.linear)
         for task in range(len(self.zoo.tasks)):
 
             def accurate(knob: float, split: str = "validation", task: int = task):
@@ -215,7 +219,11 @@ class Study:
         )
 
     def _result(self, row, chosen, grid, curve, accuracy, began) -> Result:
-        reference = self.reference(row.experts, "test")
+        reference = self.reference(row.experts, "test", linear=row.linear)
+        trained = tree.size(self.zoo.base)
+        # The tangent model is evaluated at its origin: that has to be kept as well.
+        origin = 32 * trained if row.linear else 0
+        fresh = self.evaluator.computed > began[1]
         return Result(
             row=row,
             chosen=chosen,
@@ -223,12 +231,9 @@ class Study:
             curve=curve,
             accuracy=accuracy,
             normalised=accuracy / reference,
-            bits=row.bits(
-                len(self.zoo.tasks),
-                tree.size(self.zoo.base),
-                tree.size(self.zoo.frozen),
-            ),
-            seconds=time.monotonic() - began,
+            bits=origin
+            + row.bits(len(self.zoo.tasks), trained, tree.size(self.zoo.frozen)),
+            seconds=time.monotonic() - began[0] if fresh else None,
         )
 
     def claim(self, text: str, measured: str, holds: bool) -> None:
@@ -243,21 +248,21 @@ def cosine_matrix(taus: chex.ArrayTree) -> np.ndarray:
     return gram / np.maximum(np.outer(norms, norms), 1e-30)
 
 
-def describe(study: Study) -> None:
-    """The tables and figures every merging study has."""
+def _add_accuracy(study: Study) -> None:
+    """The main table."""
     names, results = study.names, study.results
     study.report.add_table(
         report.Table(
             title="Test accuracy",
-            columns=("method", *names, "mean", "normalised", "scale", "storage"),
+            columns=("method", "mean", "normalised", "storage", *names, "scale"),
             rows=tuple(
                 (
                     name,
-                    *map(float, r.accuracy),
                     float(r.accuracy.mean()),
                     float(r.normalised.mean()),
-                    _scales(r.chosen),
                     r.bits / 8,
+                    *map(float, r.accuracy),
+                    _scales(r),
                 )
                 for name, r in results.items()
             ),
@@ -267,15 +272,21 @@ def describe(study: Study) -> None:
             },
             best={"normalised": "max"},
             caption="Scales and knobs chosen on validation rows; storage of all that "
-            "is needed to serve every task, in float32 weights and packed bits.",
+            "is needed to serve every task, in float32 weights and packed bits. "
+            "A star: an end of the grid.",
         )
     )
+
+
+def _add_details(study: Study) -> None:
+    """Normalised accuracy, and the figures that every merging study has."""
+    names, results = study.names, study.results
     study.report.add_table(
         report.Table(
             title="Normalised accuracy (accuracy / accuracy of the task's own expert)",
-            columns=("method", *names, "mean", "seconds"),
+            columns=("method", "mean", *names, "seconds"),
             rows=tuple(
-                (name, *map(float, r.normalised), float(r.normalised.mean()), r.seconds)
+                (name, float(r.normalised.mean()), *map(float, r.normalised), r.seconds)
                 for name, r in results.items()
             ),
             formats={**dict.fromkeys((*names, "mean"), ".1%"), "seconds": ".1f"},
@@ -302,31 +313,37 @@ def describe(study: Study) -> None:
         )
 
 
-def _scales(chosen: Sequence[float]) -> str:
-    return " ".join(f"{value:g}" for value in chosen)
+def _scales(result: Result) -> str:
+    """Chosen scales; a star where an end of the grid won, so that more may be found."""
+    ends = {max(result.grid)} if len(result.grid) > 1 else set()
+    if isinstance(result.row, TaskModels):
+        ends |= {min(result.grid)} if len(result.grid) > 1 else set()
+    return " ".join(f"{x:g}{'*' if x in ends else ''}" for x in result.chosen)
 
 
 def _curves(study: Study) -> None:
     """One figure per grid, since curves of a figure share their axis."""
-    by_grid: dict[tuple[float, ...], list[str]] = {}
+    by_grid: dict[tuple[tuple[float, ...], bool], list[str]] = {}
     for name, result in study.results.items():
         if result.curve:
-            by_grid.setdefault(result.grid, []).append(name)
-    for grid, rows in by_grid.items():
-        shared = [n for n in rows if len(study.results[n].chosen) == 1]
+            shared = isinstance(result.row, SharedModel)
+            by_grid.setdefault((result.grid, shared), []).append(name)
+    for (grid, shared), rows in by_grid.items():
+        over = "the scale" if shared else "lambda, which each task chooses for itself"
+        chosen = {name: study.results[name].chosen[0] for name in rows if shared}
         study.report.add_figure(
-            "Validation score over the scale",
+            f"{', '.join(rows)}: validation score over {over}",
             report.Lines(
                 x=grid,
                 series={name: study.results[name].curve for name in rows},
-                chosen={name: study.results[name].chosen[0] for name in shared},
-                x_label="scale",
+                chosen=chosen,
+                x_label="scale" if shared else "lambda",
                 y_label="mean normalised accuracy",
             ),
         )
 
 
-def add_claims(study: Study) -> None:
+def _add_claims(study: Study) -> None:
     """The table of directional claims, those that fail included."""
     if not study.claims:
         return
@@ -343,8 +360,9 @@ def add_claims(study: Study) -> None:
 def write(study: Study, workdir: epath.Path) -> None:
     """Adds what every study shows, writes the report, and prints its tables."""
     analyses, study.report.sections = study.report.sections, []
-    describe(study)
-    add_claims(study)
+    _add_accuracy(study)
+    _add_claims(study)
+    _add_details(study)
     study.report.sections += analyses
     page = study.report.write(workdir / "report")
     study.report.print()

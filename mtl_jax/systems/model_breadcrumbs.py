@@ -55,7 +55,7 @@ def _crumbs(name, scales, **options) -> zoo.SharedModel:
 def build(config: ConfigDict) -> zoo.PostHoc:
     """The paper's method, its ablations and its baselines; then the growth trend."""
     study = config.study
-    scales = tuple(study.scales)
+    dense, scales = tuple(study.scales), tuple(study.sparse_scales)
     keep, top = study.density, study.drop_top
     rows = (
         zoo.zero_shot(),
@@ -64,7 +64,7 @@ def build(config: ConfigDict) -> zoo.PostHoc:
         zoo.SharedModel(
             name="task arithmetic",
             delta=lambda taus, _: merging.task_arithmetic(taus),
-            scales=scales,
+            scales=dense,
         ),
         zoo.SharedModel(
             name="TIES",
@@ -92,7 +92,7 @@ def _claims(study) -> None:
         ("Breadcrumbs beats TIES", "breadcrumbs (row)", "TIES"),
     ):
         gain = score[better] - score[worse]
-        study.claim(text, f"{gain:+.1%} normalised accuracy", gain >= 0)
+        study.claim(text, f"{gain:+.1%} normalised accuracy", gain > 0)
 
 
 def _growth(study) -> None:
@@ -104,32 +104,39 @@ def _growth(study) -> None:
         "task arithmetic": [(1.0, 0.0)],
     }
     sizes = [n for n in config.growth_sizes if 2 <= n <= count]
+    if len(sizes) < 2:
+        raise ValueError(
+            f"model-breadcrumbs: study.growth_sizes wants two sizes from 2 to {count}, "
+            f"found {sizes} of {list(config.growth_sizes)}"
+        )
     subsets = {n: _subsets(count, n, config.subsets, config.seed) for n in sizes}
+
+    grids = {"breadcrumbs": config.sparse_scales, "task arithmetic": config.scales}
 
     def score(tasks, band, scales, split) -> list[float]:
         part = jax.tree.map(lambda x: x[jnp.array(tasks)], taus)
         delta = merging.breadcrumbs(part, density=band[0], drop_top=band[1])
         return [study.score(delta, scale, split, tasks) for scale in scales]
 
-    def tune(groups, bands):
+    def tune(name, groups, bands):
         """(score, scale, band) with the best mean over groups of tasks."""
-        found = []
+        grid, found = grids[name], []
         for band in bands:
-            grid = [score(tasks, band, config.scales, "validation") for tasks in groups]
-            means = np.mean(grid, axis=0)
+            scores = [score(tasks, band, grid, "validation") for tasks in groups]
+            means = np.mean(scores, axis=0)
             best = int(np.argmax(means))
-            found.append((float(means[best]), config.scales[best], band))
+            found.append((float(means[best]), grid[best], band))
         return max(found)
 
     series, rows = {}, []
     with study.progress.task("growth of the task set", total=len(methods)) as bar:
         for name, bands in methods.items():
-            _, scale, band = tune(subsets[sizes[0]], bands)
+            _, scale, band = tune(name, subsets[sizes[0]], bands)
             series[name] = [
                 float(np.mean([score(s, band, [scale], "test") for s in subsets[n]]))
                 for n in sizes
             ]
-            _, new_scale, new_band = tune(subsets[sizes[-1]], bands)
+            _, new_scale, new_band = tune(name, subsets[sizes[-1]], bands)
             again = [
                 score(s, new_band, [new_scale], "test") for s in subsets[sizes[-1]]
             ]

@@ -1,5 +1,6 @@
 """TALL-masks and Consensus Merging: where each task lives in a sum of task vectors."""
 
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -31,6 +32,7 @@ SPEC = SystemSpec(
         "merging.average",
         "merging.breadcrumbs",
         "merging.consensus",
+        "merging.dare",
         "merging.compression_bits",
         "merging.magnitude_masks",
         "merging.mask_statistics",
@@ -126,6 +128,13 @@ def build(config: ConfigDict) -> zoo.PostHoc:
             name="TIES",
             delta=lambda taus, _: merging.ties(taus, density=0.2, scope="global"),
             scales=tuple(config.study.sparse_scales),
+        ),
+        zoo.SharedModel(
+            name="DARE",
+            delta=lambda taus, _: merging.dare(
+                taus, density=0.2, key=jax.random.key(config.study.seed)
+            ),
+            scales=scales,
         ),
         zoo.SharedModel(
             name="breadcrumbs",

@@ -166,8 +166,8 @@ def _disentanglement(study) -> None:
                 study.zoo.base,
                 zoo.task_delta(study.taus[kind], a),
                 zoo.task_delta(study.taus[kind], b),
-                evaluator.batches(a, "validation"),
-                evaluator.batches(b, "validation"),
+                evaluator.rows(a, "validation"),
+                evaluator.rows(b, "validation"),
                 alphas,
             )
         centre[kind] = float(error[-1, -1])
@@ -177,7 +177,7 @@ def _disentanglement(study) -> None:
                 rows=[f"{a:g}" for a in alphas],
                 columns=[f"{a:g}" for a in alphas],
                 values=error.tolist(),
-                value_range=(0.0, 1.0),
+                value_range=(0.0, 2.0),
             ),
             caption=f"Coefficients of {config.pair[0]} (down) and {config.pair[1]}.",
         )
@@ -192,13 +192,7 @@ def _localisation(study) -> None:
     """Do the base's kernel eigenfunctions live on the inputs of one task?"""
     config, encoder = study.config.study, study.zoo.encoder
     pair = [study.names.index(name) for name in config.pair]
-    inputs = [
-        {
-            k: v[: config.kernel_inputs]
-            for k, v in study.evaluator.batches(t, "test")[0].items()
-        }
-        for t in pair
-    ]
+    inputs = [study.evaluator.rows(t, "test", config.kernel_inputs)[0] for t in pair]
     width = study.zoo.tasks[0].head["prototypes"].shape[-1]
     key = jax.random.key(config.seed)
     signs = jax.random.rademacher(key, (width, config.kernel_probes), np.float32)

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 
 from mtl_jax import data, io, models
 from mtl_jax.models import heads
 from mtl_jax.models.backbones import vit
 from mtl_jax.zoo.encoders import Encoder
+
+# Of the pixels CLIP was trained on, in [0, 1]; published with its weights.
+_STATS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
 def clip(
@@ -43,8 +45,10 @@ def clip(
         return module.init(key, jnp.zeros(shape))["params"]
 
     def features(params, batch):
-        found = jnp.asarray(module.apply({"params": params}, batch["image"]))
-        return heads.l2_normalize(found.astype(jnp.float32))
+        out = jnp.asarray(module.apply({"params": params}, batch["image"]))
+        return out.astype(jnp.float32)
+
+    found = io.load_tree(class_embeddings)[0] if class_embeddings else {}
 
     def prototypes(task, rows):
         del rows
@@ -54,7 +58,6 @@ def clip(
                 "suite.options.base.class_embeddings to a safetensors file with one "
                 "[C, D] array per task"
             )
-        found, _ = io.load_tree(epath.Path(class_embeddings))
         if task.name not in found:
             raise ValueError(
                 f"clip: {class_embeddings} has no array {task.name!r}, only "
@@ -73,6 +76,8 @@ def clip(
         frozen=(),
         rules=vit.SHARDING_RULES,
         image_size=module.image_size,
+        image_stats=_STATS,
+        head_source=io.digest(found) if found else "",
     )
 
 

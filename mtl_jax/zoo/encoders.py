@@ -19,6 +19,7 @@ from mtl_jax.train import optim
 from mtl_jax.train import state as train_state
 
 Rows = Mapping[str, chex.Array]
+_RECIPE = 1  # Raise it when pretraining changes its meaning.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,10 +29,14 @@ class Encoder:
     Attributes:
       name: part of the identity of every expert.
       params: all leaves.
-      features: `features(params, batch) -> [B, D]`, from a batch of the data layer.
+      features: `features(params, batch) -> [B, D]`, from a batch of the data layer; not
+        normalised, which is the head's part.
       prototypes: `prototypes(task, train_rows) -> [C, D]` unit rows: the frozen head.
+      head_source: content hash of whatever else the heads are made from.
       max_length: longest text in tokens; None keeps each task's own.
       image_size: side of the images; None keeps each task's own.
+      image_stats: mean and deviation per channel that the encoder was trained with;
+        None takes those of `data.Normalize`.
       frozen: regexes on leaf paths that fine-tuning leaves alone.
       rules: sharding rules of the leaves.
     """
@@ -42,8 +47,10 @@ class Encoder:
     prototypes: Callable[[data.Task, Rows], chex.Array]
     frozen: tuple[str, ...]
     rules: tuple[tuple[str, PartitionSpec], ...]
+    head_source: str = ""
     max_length: int | None = None
     image_size: int | None = None
+    image_stats: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
     def split(self, params: Any) -> tuple[Any, Any]:
         """(trained, frozen), each with None in the other's places."""
@@ -59,10 +66,10 @@ def class_means(features: chex.Array, labels: chex.Array, classes: int) -> chex.
       classes: C.
 
     Returns:
-      [C, D] float32 with unit rows; a zero row for a class without features.
+      [C, D] float32 with unit rows.
 
     Raises:
-      ValueError: if the shapes disagree.
+      ValueError: if the shapes disagree, or a class has no features.
 
     >>> means = class_means(jnp.array([[2.0, 0], [0, 3]]), jnp.array([0, 0]), 1)
     >>> [round(float(x), 3) for x in means[0]]
@@ -73,9 +80,14 @@ def class_means(features: chex.Array, labels: chex.Array, classes: int) -> chex.
             "class_means: wanted features [N, D] and labels [N], found "
             f"{features.shape} and {labels.shape}"
         )
+    missing = sorted(set(range(classes)) - set(np.asarray(labels).tolist()))
+    if missing:
+        raise ValueError(
+            f"class_means: wanted {classes} classes, found none of {missing}"
+        )
     unit = heads.l2_normalize(features.astype(jnp.float32))
     one_hot = jax.nn.one_hot(labels, classes, axis=0)
-    return heads.l2_normalize(one_hot @ unit)
+    return heads.l2_normalize(jnp.matmul(one_hot, unit, precision="highest"))
 
 
 def minilm(*, max_length: int | None = None) -> Encoder:
@@ -162,10 +174,8 @@ def small_vit(
     def init(key):
         return module.init(key, jnp.zeros((1, 32, 32, 3)))["params"]
 
-    identity = io.digest(
-        np.frombuffer(repr((tasks, steps, batch_size, seed)).encode(), np.uint8)
-    )
-    path = epath.Path(wheels.cache_dir()) / "zoo" / f"vit-{identity[:16]}.safetensors"
+    identity = _vit_identity(module, tasks, steps, batch_size, seed)
+    path = epath.Path(wheels.cache_dir()) / "zoo" / f"vit-{identity}.safetensors"
     like = jax.eval_shape(init, jax.random.key(0))
     if not path.exists():
         with progress.task("pretrain ViT on rotations", total=steps) as bar:
@@ -173,22 +183,36 @@ def small_vit(
                 features, init, tasks, steps, batch_size, seed, path, bar
             )
         io.save_tree(path, params, {"pretext": "rotations", "steps": steps})
+        path.with_suffix(".run").rmtree(missing_ok=True)
     params, _ = io.load_tree(path, like=like)
 
     def prototypes(task, rows):
-        part = {name: x[:512] for name, x in rows.items()}
-        return class_means(
-            jax.jit(features)(params, part), part["label"], task.num_classes
-        )
+        count, run = len(rows["label"]), jax.jit(features)
+        found = [
+            run(params, {"image": rows["image"][i : i + 256]})
+            for i in range(0, count, 256)
+        ]
+        return class_means(jnp.concatenate(found), rows["label"], task.num_classes)
 
     return Encoder(
-        name=f"small-vit-{identity[:16]}",
+        name=f"small-vit-{identity}",
         params=params,
         features=features,
         prototypes=prototypes,
         frozen=("(^|/)position_embedding$",),
         rules=vit.SHARDING_RULES,
     )
+
+
+def _vit_identity(module, tasks, steps, batch_size, seed) -> str:
+    """Address of a pretrained base: architecture, recipe, and a sample of its data."""
+    samples = {
+        name: data.to_arrays(data.load_source(name, "train"), data.transform(name), 64)
+        for name in tasks
+    }
+    recipe = repr((_RECIPE, module, tasks, steps, batch_size, seed))
+    text = np.frombuffer(recipe.encode(), np.uint8)
+    return io.digest({"recipe": text, "rows": samples})[:16]
 
 
 def _learn_rotations(features, init, tasks, steps, batch_size, seed, path, bar):
@@ -242,5 +266,4 @@ def _learn_rotations(features, init, tasks, steps, batch_size, seed, path, bar):
         workdir=path.with_suffix(".run"),
         progress=bar,
     )
-    path.with_suffix(".run").rmtree()
     return result.params["encoder"]

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from etils import epath
+from jax.sharding import Mesh
 
 from mtl_jax import data, io, losses, train
 from mtl_jax.data import wheels
@@ -27,7 +28,7 @@ from mtl_jax.transforms import linearize
 from mtl_jax.zoo.encoders import Encoder
 from mtl_jax.zoo.tasks import TaskData
 
-_FORMAT = 1  # Part of every address: raise it when training changes its meaning.
+_FORMAT = 2  # Part of every address: raise it when training changes its meaning.
 MODES = ("standard", "linear")
 
 
@@ -145,8 +146,10 @@ class Zoo:
       base: trained leaves of the base; None where a leaf is frozen.
       frozen: the other leaves.
       experts: mode -> trained leaves of each expert, in the order of `tasks`.
-      records: one dict per expert: task, mode, seconds, final loss, file.
+      records: one dict per expert: task, mode, steps, seconds, final loss.
       folder: the cache.
+      identity: content hash of the base, of how features and logits are made from it,
+        and of the format; part of every address and of every remembered answer.
     """
 
     encoder: Encoder
@@ -157,6 +160,7 @@ class Zoo:
     experts: Mapping[str, tuple[Any, ...]]
     records: tuple[dict[str, Any], ...]
     folder: epath.Path
+    identity: str
 
 
 def open_zoo(
@@ -166,6 +170,7 @@ def open_zoo(
     *,
     modes: Sequence[str] = ("standard",),
     checkpoint_every: int | None = None,
+    mesh: Mesh | None = None,
     folder: Any = None,
     progress: Any,
 ) -> Zoo:
@@ -180,6 +185,7 @@ def open_zoo(
       settings: see `Settings`.
       modes: "standard" and/or "linear" (trained in the tangent space of the base).
       checkpoint_every: steps between checkpoints of an expert in the making.
+      mesh: where experts are trained; see `train.Trainer`.
       folder: the cache; by default inside the package cache.
       progress: a `report.Progress`.
 
@@ -203,19 +209,19 @@ def open_zoo(
             raise ValueError(f"open_zoo: modes are {MODES}, found {mode!r}")
     folder = epath.Path(folder or wheels.cache_dir() / "zoo")
     base, frozen = encoder.split(encoder.params)
-    base_digest = io.digest(encoder.params)
+    identity = _identity(encoder, settings)
     experts: dict[str, tuple[Any, ...]] = {}
     records = []
     with progress.task("experts", total=len(tasks) * len(modes)) as bar:
         for mode in modes:
             trainer, family = None, []
             for task in tasks:
-                address = _address(encoder, base_digest, task, settings, mode)
+                address = _address(identity, task, settings, mode)
                 path = folder / f"{mode}-{task.name}-{address}.safetensors"
                 if not path.exists():
                     if trainer is None:
                         trainer = train.Trainer(
-                            trainable(encoder, task.head, settings, mode)
+                            trainable(encoder, task.head, settings, mode), mesh=mesh
                         )
                     _train_expert(
                         trainer,
@@ -241,21 +247,35 @@ def open_zoo(
         experts=experts,
         records=tuple(records),
         folder=folder,
+        identity=identity,
     )
 
 
-def _address(encoder, base_digest, task, settings, mode) -> str:
-    identity = {
-        "format": _FORMAT,
-        "encoder": encoder.name,
-        "frozen": list(encoder.frozen),
-        "base": base_digest,
+def _identity(encoder: Encoder, settings: Settings) -> str:
+    return _hash(
+        {
+            "format": _FORMAT,
+            "encoder": encoder.name,
+            "frozen": encoder.frozen,
+            "base": io.digest(encoder.params),
+            "logit_scale": settings.logit_scale,
+        }
+    )
+
+
+def _address(identity: str, task: TaskData, settings: Settings, mode: str) -> str:
+    found = {
+        "zoo": identity,
         "task": task.name,
         "data": task.digests["train"],
         "mode": mode,
         "settings": dataclasses.asdict(settings),
     }
-    text = json.dumps(identity, sort_keys=True, default=str)
+    return _hash(found)
+
+
+def _hash(plain: Any) -> str:
+    text = json.dumps(plain, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -294,4 +314,4 @@ def _train_expert(
     path.parent.mkdir(parents=True, exist_ok=True)
     io.save_tree(path, trained, record)
     if checkpoint_every:
-        workdir.rmtree()
+        workdir.rmtree(missing_ok=True)

@@ -18,6 +18,11 @@ TEXT = (
 VISION = ("digits", "mnist5k", "easy_vqa_shape", "easy_vqa_color")
 PAPER_8 = ("cars", "dtd", "eurosat", "gtsrb", "mnist", "resisc45", "svhn", "sun397")
 
+# Strengths to choose from: of plain sums, and of sums or means of few entries.
+SCALES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
+FINE_SCALES = tuple(round(0.1 * i, 1) for i in range(1, 11))
+SPARSE_SCALES = (0.3, 0.5, 0.7, 1.0, 1.3, 1.6)
+
 Part = dict[str, Any]
 
 
@@ -60,7 +65,7 @@ def world(*, hidden: int = 192, tiny: bool = False) -> tuple[Part, Part]:
     """The synthetic zero-shot world: eight tasks, one MLP, seconds."""
     size = {"hidden": hidden, "seed": 0}
     if tiny:
-        size |= {"tasks": 3, "hidden": 16, "pretrain_steps": 20, "sizes": (64, 32, 32)}
+        size |= {"tasks": 3, "hidden": 32, "pretrain_steps": 100, "sizes": (64, 32, 32)}
     adam = {"name": "adam", "peak": 5e-4, "decay": False}
     steps, batch = (10, 16) if tiny else (300, 64)
     return {"name": "world", "options": size}, _experts(steps, batch, adam, 16.0)

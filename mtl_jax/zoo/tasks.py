@@ -1,6 +1,7 @@
 """Tasks as arrays with frozen heads: what experts are trained and measured on."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ class TaskData:
       splits: "train", "validation", "test" -> dict of stacked NumPy arrays.
       head: `prototypes` [C_max, D] float32 unit rows and `active` [C_max] bool;
         padded to the widest task, so that one compiled step serves every task.
-      digests: content hash of each split together with the head.
+      digests: content hash of each split together with the identity of the head.
     """
 
     name: str
@@ -37,19 +38,32 @@ def make_task(
     splits: Mapping[str, Mapping[str, np.ndarray]],
     prototypes: chex.Array,
     width: int,
+    *,
+    identity: Any,
 ) -> TaskData:
-    """A task from its rows and its prototypes [C, D], padded to `width` classes."""
+    """A task from its rows and its prototypes.
+
+    Args:
+      name: the task's name.
+      splits: rows by split.
+      prototypes: [C, D] unit rows.
+      width: classes that the head is padded to.
+      identity: plain data that say where the prototypes come from; hashed in their
+        place, since their last bits depend on the machine.
+    """
     classes = prototypes.shape[0]
     head = {
         "prototypes": jnp.pad(prototypes, ((0, width - classes), (0, 0))),
         "active": jnp.arange(width) < classes,
     }
+    origin = json.dumps([classes, identity], sort_keys=True, default=str)
+    text = np.frombuffer(origin.encode(), np.uint8)
     return TaskData(
         name=name,
         num_classes=classes,
         splits=splits,
         head=head,
-        digests={n: io.digest({"rows": x, "head": head}) for n, x in splits.items()},
+        digests={n: io.digest({"rows": x, "head": text}) for n, x in splits.items()},
     )
 
 
@@ -82,15 +96,10 @@ def load_tasks(
     tasks = [data.get(name) for name in names]
     width = max(task.num_classes for task in tasks)
     limits = {"train": train, "validation": validation, "test": test}
-    loaded = []
+    loaded, base = [], io.digest(encoder.params)
     with progress.task("load tasks", total=len(tasks)) as bar:
         for task in tasks:
-            options = {}
-            if task.kind == "text" and encoder.max_length:
-                options["length"] = min(task.length, encoder.max_length)
-            if task.kind == "image" and encoder.image_size:
-                options["size"] = encoder.image_size
-            transform = data.transform(task, **options)
+            transform = _transform(encoder, task)
             splits = {
                 split: data.to_arrays(
                     data.load_source(task.name, split), transform, limit
@@ -98,6 +107,20 @@ def load_tasks(
                 for split, limit in limits.items()
             }
             prototypes = encoder.prototypes(task, splits["train"])
-            loaded.append(make_task(task.name, splits, prototypes, width))
+            identity = [encoder.name, base, encoder.head_source, task.prompts]
+            loaded.append(
+                make_task(task.name, splits, prototypes, width, identity=identity)
+            )
             bar.advance(task=task.name)
     return tuple(loaded)
+
+
+def _transform(encoder: Encoder, task: data.Task) -> Any:
+    """Stored rows to what the encoder takes."""
+    if task.kind == "text":
+        length = min(task.length, encoder.max_length or task.length)
+        return data.transform(task, length=length)
+    if encoder.image_stats is None:
+        return data.transform(task, size=encoder.image_size)
+    mean, std = encoder.image_stats
+    return data.Normalize(encoder.image_size, mean, std)

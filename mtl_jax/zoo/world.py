@@ -15,6 +15,7 @@ from mtl_jax.train import optim
 from mtl_jax.zoo.encoders import Encoder
 from mtl_jax.zoo.tasks import TaskData, make_task
 
+_RECIPE = 2  # Raise it when pretraining changes its meaning.
 _LOGIT_SCALE = 16.0  # Norm of the head's columns in the definition of the world.
 
 
@@ -29,9 +30,9 @@ def world(
 ) -> tuple[Encoder, tuple[TaskData, ...]]:
     """Draws a world, pretrains its encoder, and returns both with the target tasks.
 
-    The encoder is an MLP 48-hidden-hidden-32 with unit outputs; it learns from 40
-    tasks that resemble the targets but are shifted less, against their frozen heads
-    (Adam, learning rate 1e-3, batch 128, fresh samples in every step).
+    The encoder is an MLP 48-hidden-hidden-32 whose outputs the head normalises; it
+    learns from 40 tasks that resemble the targets but are shifted less, against their
+    frozen heads (Adam, learning rate 1e-3, batch 128, fresh samples in every step).
 
     Args:
       tasks: T, target tasks.
@@ -52,13 +53,13 @@ def world(
     module = models.Mlp(features=(hidden, hidden, bench.world.text.shape[1]))
 
     def features(params, batch):
-        return heads.l2_normalize(module.apply({"params": params}, batch["inputs"]))
+        return module.apply({"params": params}, batch["inputs"])
 
     def init(key):
         return module.init(key, bench.train["inputs"][0, :1])["params"]
 
     drawn = io.digest((bench.world, bench.pretrain))[:16]
-    name = f"world-{drawn}-{seed}-{hidden}-{pretrain_steps}"
+    name = f"world-{_RECIPE}-{drawn}-{seed}-{hidden}-{pretrain_steps}"
     path = epath.Path(wheels.cache_dir()) / "zoo" / f"{name}.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,6 +90,7 @@ def world(
             },
             bench.targets.head[t].T / _LOGIT_SCALE,
             classes,
+            identity={"world": drawn, "task": t},
         )
         for t in range(tasks)
     )
@@ -110,7 +112,8 @@ def _pretrain(bench, features, init, steps, seed, bar) -> Any:
     def loss_fn(params, batch, key):
         del key
         head = bench.pretrain.head[batch["task"]]
-        logits = jnp.einsum("bf,bfc->bc", features(params, batch), head)
+        unit = heads.l2_normalize(features(params, batch))
+        logits = jnp.einsum("bf,bfc->bc", unit, head)
         return jnp.mean(losses.softmax_cross_entropy(logits, batch["label"])), {}
 
     trainable = train.Trainable(
