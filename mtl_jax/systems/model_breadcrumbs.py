@@ -34,10 +34,11 @@ SPEC = SystemSpec(
         "merging.breadcrumbs",
         "merging.task_arithmetic",
         "merging.ties",
+        "merging.unit_axis",
     ),
     deviations=(
-        "Rows are groups by default, as in the authors' code; the paper's prose speaks "
-        "of layers, which is group='leaf'.",
+        "A group is the inputs of one unit, as the last axis of the authors' PyTorch "
+        "weights is; the paper's prose speaks of layers, which is group='leaf'.",
         "Densities are exact counts with ties kept by index.",
         "Subsets of each size are sampled where there are more than `study.subsets`.",
     ),
@@ -47,7 +48,9 @@ SPEC = SystemSpec(
 def _crumbs(name, scales, **options) -> zoo.SharedModel:
     return zoo.SharedModel(
         name=name,
-        delta=lambda taus, _: merging.breadcrumbs(taus, **options),
+        delta=lambda taus, _: merging.breadcrumbs(
+            taus, axis=merging.unit_axis, **options
+        ),
         scales=scales,
     )
 
@@ -115,7 +118,9 @@ def _growth(study) -> None:
 
     def score(tasks, band, scales, split) -> list[float]:
         part = jax.tree.map(lambda x: x[jnp.array(tasks)], taus)
-        delta = merging.breadcrumbs(part, density=band[0], drop_top=band[1])
+        delta = merging.breadcrumbs(
+            part, density=band[0], drop_top=band[1], axis=merging.unit_axis
+        )
         return [study.score(delta, scale, split, tasks) for scale in scales]
 
     def tune(name, groups, bands):

@@ -40,6 +40,7 @@ SPEC = SystemSpec(
         "merging.tall_masks",
         "merging.task_arithmetic",
         "merging.ties",
+        "merging.unit_axis",
     ),
     deviations=(
         "Storage counts 32 bits per weight of base and merged vector and one per "
@@ -139,7 +140,7 @@ def build(config: ConfigDict) -> zoo.PostHoc:
         zoo.SharedModel(
             name="breadcrumbs",
             delta=lambda taus, _: merging.breadcrumbs(
-                taus, density=0.15, drop_top=0.01
+                taus, density=0.15, drop_top=0.01, axis=merging.unit_axis
             ),
             scales=tuple(config.study.sparse_scales),
         ),
