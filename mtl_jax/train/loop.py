@@ -3,7 +3,7 @@
 import collections
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -13,7 +13,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mtl_jax import tree as mtl_tree
-from mtl_jax.train import sharding
+from mtl_jax.train import fingerprint, sharding
 from mtl_jax.train.diagnose import nonfinite_error
 from mtl_jax.train.feed import Data, Feed
 from mtl_jax.train.signals import Interrupted, StopRequest
@@ -145,12 +145,19 @@ class Trainer:
         progress: Progress | None = None,
         eval_fn: EvalFn | None = None,
         eval_every: int | None = None,
+        identity: Mapping[str, Any] | None = None,
     ) -> FitResult:
         """Trains up to `steps` optimizer steps, from the newest checkpoint if any.
 
         With a `workdir`, the last step is always saved; SIGTERM and SIGINT save at the
-        next step boundary and end the process with code 143 or 130. The same call then
-        goes on bit for bit on the same devices; a finished run is read back.
+        next step boundary and end the process with code 143 or 130; several processes
+        look for each other's signals every `log_every` steps and at the end. The same
+        call then goes on bit for bit on the same devices; a finished run is read back.
+
+        A workdir belongs to one run. Another seed, optimizer chain, `accumulate`,
+        `ema`, frozen set, batch shape or `identity` is refused. What a checkpoint
+        cannot know, such as a learning rate inside `tx`, the data or the loss, is
+        compared only as far as `identity` tells it.
 
         Args:
           data: batches: an iterable, one with `get_state`/`set_state`, or a function
@@ -166,13 +173,14 @@ class Trainer:
           eval_fn: `eval_fn(params) -> metrics`, on the average when there is one;
             recorded under `eval/...`.
           eval_every: steps between evaluations; None evaluates at the end only.
+          identity: plain data that tells this run from others, such as its config.
 
         Returns:
           Parameters, state and history.
 
         Raises:
           ValueError: on bad arguments, data that end early, or a checkpoint that is
-            damaged or of another shape.
+            damaged, of another shape or of another run (naming what differs).
           NonFiniteError: when a loss or gradient is not finite.
           Interrupted: a SystemExit, after a signal.
         """
@@ -189,7 +197,7 @@ class Trainer:
             run.log_every, run.progress = log_every, progress
             run.checkpoint_every = checkpoint_every
             run.eval_fn, run.eval_every = eval_fn, eval_every
-            run.begin(params)
+            run.begin(params, identity)
             return run.loop()
 
     def _param_shardings(self) -> Any:
@@ -228,30 +236,48 @@ class _Run:
             )
         self.in_flight = collections.deque()
         self.latest: dict[str, float] = {}
+        self.batches: list[dict[str, str]] = []  # Each shape that was seen.
 
-    def begin(self, params: Any) -> None:
+    def begin(self, params: Any, identity: Mapping[str, Any] | None) -> None:
         """Sets the state and the position in the data."""
+        self.about = fingerprint.describe_run(
+            self.trainer.abstract_state,
+            seed=self.seed,
+            accumulate=self.trainer.accumulate,
+            ema=self.trainer.ema,
+            identity=identity,
+        )
         step = self.checkpoints.latest() if self.checkpoints else None
         if step is None:
             self.state = self.trainer.init_state(self.seed, params)
         else:
             assert self.checkpoints is not None
             meta = self.checkpoints.meta(step)
-            if meta["seed"] != self.seed:
-                raise ValueError(
-                    f"fit: {self.workdir} holds a run with seed {meta['seed']}, "
-                    f"found seed {self.seed}"
-                )
+            fingerprint.refuse(self.workdir, meta.get("run", {}), self.about)
             if step > self.steps:
                 raise ValueError(
                     f"fit: {self.workdir} holds a run of {step} steps, "
                     f"found steps={self.steps}"
                 )
             self.state = self.checkpoints.restore(self.trainer.abstract_state, step)
+            self.batches = meta["batches"]
             if step < self.steps:
                 self.feed.restore(meta["data"], step)
         self.start = step or 0
         self.log = self.stack.enter_context(MetricLog(self.workdir, step=self.start))
+
+    def look_at(self, batch: Any, index: int) -> None:
+        """Notes the shape of a batch; the first of a resumed run must be known.
+
+        A run whose batches have come in several shapes may meet one more of them.
+        """
+        found = fingerprint.describe_batch(batch)
+        if index == self.start > 0 and len(self.batches) == 1:
+            fingerprint.refuse(
+                self.workdir, {"batch": self.batches[0]}, {"batch": found}
+            )
+        if found not in self.batches:
+            self.batches.append(found)
 
     def loop(self) -> FitResult:
         stop = self.stack.enter_context(
@@ -263,13 +289,16 @@ class _Run:
                 self.feed.next(index),
                 accumulate=self.trainer.accumulate,
             )
+            self.look_at(batch, index)
             self.state, metrics = self.trainer.compiled_step(self.state, batch)
             self.in_flight.append((index + 1, metrics, batch))
             if len(self.in_flight) > _IN_FLIGHT:
                 self.read_one()
             self.boundary(index + 1, stop)
-        if stop.received:  # After the last boundary, or with no step left to run.
-            self.end(stop.received, self.steps)
+        # A signal after the last boundary, or with no step left to run.
+        number = self.agreed(stop.received, self.steps)
+        if number:
+            self.end(number, self.steps)
         state = self.state
         return FitResult(merge(state.params, state.frozen), state, self.log.records)
 
@@ -289,7 +318,11 @@ class _Run:
         if self.checkpoints is None:
             return
         if last or number or _due(self.checkpoint_every, done):
-            meta = {"seed": self.seed, "data": self.feed.get_state()}
+            meta = {
+                "run": self.about,
+                "batches": self.batches,
+                "data": self.feed.get_state(),
+            }
             self.checkpoints.save(done, self.state, meta)
         if last or number:
             self.checkpoints.wait()

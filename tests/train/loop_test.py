@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from mtl_jax import train
+from mtl_jax.train import loop
 
 
 class Counter:
@@ -227,13 +228,67 @@ def test_another_command_in_the_same_folder_is_refused(
     toy, trainer, one_device, tmp_path
 ):
     trainer.fit(toy.batches, steps=3, workdir=tmp_path)
-    with pytest.raises(ValueError, match="a run with seed 0, found seed 1"):
+    with pytest.raises(ValueError, match="another run: seed is 0 there, 1 here$"):
         trainer.fit(toy.batches, steps=3, workdir=tmp_path, seed=1)
     with pytest.raises(ValueError, match="a run of 3 steps, found steps=2"):
         trainer.fit(toy.batches, steps=2, workdir=tmp_path)
     other = train.Trainer(toy.trainable(), mesh=one_device, ema=0.9)
-    with pytest.raises(ValueError, match="'ema/body/bias' is float32.*not in check"):
+    with pytest.raises(
+        ValueError, match="another run: ema is not set there, 0.9 here$"
+    ):
         other.fit(toy.batches, steps=5, workdir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"tx": optax.adam(1e-2)}, {}, r'optimizer.\d is "EmptyState" there, not set'),
+        ({"tx": optax.sgd(1e-2)}, {}, 'optimizer.0 is "ScaleByAdamState" there'),
+        ({"frozen": ()}, {}, "leaf 'scale' is frozen there, trained here"),
+        ({}, {"accumulate": 2}, "accumulate is 1 there, 2 here"),
+    ],
+)
+def test_another_way_to_train_in_the_same_folder_is_refused(
+    toy, trainer, one_device, tmp_path, changes, options, message
+):
+    trainer.fit(toy.batches, steps=1, workdir=tmp_path)
+    other = train.Trainer(toy.trainable(**changes), mesh=one_device, **options)
+    with pytest.raises(ValueError, match=f"holds another run: .*{message}"):
+        other.fit(toy.batches, steps=2, workdir=tmp_path)
+
+
+def test_other_batches_in_the_same_folder_are_refused(toy, trainer, tmp_path):
+    trainer.fit(toy.batches, steps=2, workdir=tmp_path)
+    small = [toy.batch(step, 8) for step in range(4)]
+    with pytest.raises(
+        ValueError, match=r'batch.x is "float32\[16, 4\]" there, "float'
+    ):
+        trainer.fit(small, steps=4, workdir=tmp_path)
+    more = [batch | {"z": batch["x"]} for batch in toy.batches]
+    with pytest.raises(ValueError, match="batch.z is not set there"):
+        trainer.fit(more, steps=4, workdir=tmp_path)
+
+
+def test_batches_that_change_shape_resume(toy, trainer, tmp_path, equal):
+    batches = [toy.batch(step, (16, 8, 4)[step % 3]) for step in range(6)]
+    straight = trainer.fit(batches, steps=6)
+    for steps in (2, 4, 6):
+        found = trainer.fit(batches, steps=steps, workdir=tmp_path)
+    equal(found.state, straight.state)
+
+
+def test_the_callers_identity_tells_runs_apart(toy, trainer, tmp_path):
+    identity = {"optimizer": {"peak": 0.1, "betas": (0.9, 0.99)}, "tasks": ["a", "b"]}
+    trainer.fit(toy.batches, steps=1, workdir=tmp_path, identity=identity)
+    trainer.fit(toy.batches, steps=2, workdir=tmp_path, identity=identity)
+    other = identity | {"optimizer": {"peak": 0.2, "betas": (0.9, 0.99)}}
+    with pytest.raises(ValueError, match="run: identity.optimizer.peak is 0.1 there, "):
+        trainer.fit(toy.batches, steps=3, workdir=tmp_path, identity=other)
+    with pytest.raises(ValueError, match="identity.tasks.1.* there, not set here"):
+        trainer.fit(toy.batches, steps=3, workdir=tmp_path)
+    for bad in ({"x": object()}, {"x": float("nan")}):
+        with pytest.raises(ValueError, match="identity wants plain data"):
+            trainer.fit(toy.batches, steps=3, workdir=tmp_path, identity=bad)
 
 
 def test_unwritable_folder(toy, trainer, tmp_path):
@@ -256,6 +311,25 @@ def test_a_signal_saves_and_ends_the_process_even_at_the_last_step(
     assert capsys.readouterr().err == f"{caught.value}\n"
     resumed = trainer.fit(toy.batches, steps=6, workdir=tmp_path)
     equal(resumed.state, trainer.fit(toy.batches, steps=6).state)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_late_signal_of_another_process_ends_this_one_too(
+    toy, trainer, tmp_path, monkeypatch, steps
+):
+    """Agreement after the last boundary, also with no step left to run."""
+    trainer.fit(toy.batches, steps=1, workdir=tmp_path)
+    asked = []
+
+    def agreed(run, received, done):
+        asked.append(done)
+        assert received is None
+        return signal.SIGTERM if len(asked) == steps else 0
+
+    monkeypatch.setattr(loop._Run, "agreed", agreed)
+    with pytest.raises(train.Interrupted) as caught:
+        trainer.fit(toy.batches, steps=steps, workdir=tmp_path)
+    assert (asked, caught.value.step) == ([steps] * steps, steps)
 
 
 def test_without_a_folder_signals_are_left_alone(toy, trainer):
