@@ -23,6 +23,7 @@ from mtl_jax.train.trainable import Trainable
 
 # Nominal HBM of a chip in GiB; what a program may use is a little less.
 CHIPS = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 192}
+_SIZES = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
 _FORMS = "v5e:4x4, v6e:2x2 (two sizes), v4:2x2x1, v5p:2x2x2, tpu7x:2x2x1 (three sizes)"
 _GIB = 2**30
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": _GIB, "T": 2**40}
@@ -247,7 +248,10 @@ def _without_cache() -> Iterator[None]:
 
 
 def _devices(topology: str) -> list[Any]:
-    if not re.fullmatch(r"\w+:[1-9]\d{0,3}(x[1-9]\d{0,3}){1,2}", topology):
+    # Some others, such as sizes of 0, make the compiler end the process.
+    match = re.fullmatch(r"(\w+):([1-9]\d{0,2}(?:x[1-9]\d{0,2}){1,2})", topology)
+    sizes = [int(n) for n in match[2].split("x")] if match else []
+    if not match or _SIZES.get(match[1], len(sizes)) != len(sizes):
         raise ValueError(
             f"preflight: found topology {topology!r}, wanted a form such as {_FORMS}"
         )
@@ -264,7 +268,6 @@ def _devices(topology: str) -> list[Any]:
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
-    sizes = [int(n) for n in topology.split(":")[1].split("x")]
     options = {}
     if 1 in sizes[:2]:  # Smaller than a host of 2 x 2 chips.
         options["chips_per_host_bounds"] = (min(sizes[0], 2), min(sizes[1], 2), 1)
