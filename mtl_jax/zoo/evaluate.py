@@ -35,8 +35,8 @@ class Evaluator:
         self.zoo = zoo
         self.progress = progress
         self.computed = 0
-        self._logits = {
-            mode: jax.jit(experts.logits_fn(zoo.encoder, zoo.settings, mode))
+        self._predict = {
+            mode: jax.jit(_classes(experts.logits_fn(zoo.encoder, zoo.settings, mode)))
             for mode in experts.MODES
         }
         self._sweep = jax.jit(self._predict_sweep)
@@ -68,14 +68,27 @@ class Evaluator:
     def predict(
         self, trained: Any, task: int, split: str, *, linear: bool = False
     ) -> np.ndarray:
-        """Predicted classes [N] of the rows of a split."""
+        """Predicted classes [N] of the rows of a split.
+
+        Raises:
+          ValueError: the model's logits are not finite.
+        """
         params = self.params(trained, task, linear=linear)
-        logits = self._logits["linear" if linear else "standard"]
-        found = [
-            jnp.argmax(logits(params, batch), -1) for batch in self.batches(task, split)
-        ]
-        rows = len(self.zoo.tasks[task].splits[split]["label"])
-        return np.concatenate([np.asarray(x) for x in found])[:rows]
+        predict = self._predict["linear" if linear else "standard"]
+        found = [predict(params, batch) for batch in self.batches(task, split)]
+        return self._collect("predict", found, task, split)
+
+    def _collect(self, name: str, found: Any, task: int, split: str) -> np.ndarray:
+        """Joins (classes [..., B], finite) of padded batches; [..., N]."""
+        data = self.zoo.tasks[task]
+        if not all(bool(finite) for _, finite in found):
+            raise ValueError(
+                f"{name}: the model's logits are not finite on the {split} rows of "
+                f"{data.name!r}"
+            )
+        rows = len(data.splits[split]["label"])
+        joined = np.concatenate([np.asarray(x) for x, _ in found], axis=-1)
+        return joined[..., :rows]
 
     def accuracy(
         self,
@@ -99,10 +112,10 @@ class Evaluator:
         labels = data.splits[split]["label"]
         key = ":".join(
             (
+                self.zoo.identity,
                 digest or io.digest(trained),
                 "linear" if linear else "standard",
                 data.digests[split],
-                str(self.zoo.settings.logit_scale),
             )
         )
         if key not in self._known:
@@ -117,17 +130,16 @@ class Evaluator:
     ) -> list[float]:
         """Tangent-space accuracy at `base + scale * delta`; one JVP for all scales."""
         data = self.zoo.tasks[task]
-        where = f"{data.digests[split]}:{self.zoo.settings.logit_scale}"
-        digest = io.digest({"base": self.zoo.base, "delta": delta})
-        keys = [f"{digest}*{scale!r}:sweep:{where}" for scale in scales]
+        where = f"{self.zoo.identity}:{io.digest(delta)}"
+        keys = [f"{where}*{scale!r}:sweep:{data.digests[split]}" for scale in scales]
         if any(key not in self._known for key in keys):
             wide = jnp.asarray(scales, jnp.float32)
             found = [
-                np.asarray(self._sweep(delta, wide, data.head, batch))
+                self._sweep(delta, wide, data.head, batch)
                 for batch in self.batches(task, split)
             ]
             labels = data.splits[split]["label"]
-            predicted = np.concatenate(found, axis=1)[:, : len(labels)]
+            predicted = self._collect("tangent_accuracies", found, task, split)
             self.computed += 1
             for key, row in zip(keys, predicted, strict=True):
                 self._known[key] = float(np.mean(row == labels))
@@ -143,7 +155,7 @@ class Evaluator:
         ]
 
     def batches(self, task: int, split: str) -> list[Any]:
-        """The rows in batches of one size, the last one padded with its first row."""
+        """The rows in batches of one size; the split's first row fills up the last."""
         if (task, split) not in self._batches:
             rows = self.zoo.tasks[task].splits[split]
             count = len(rows["label"])
@@ -154,6 +166,18 @@ class Evaluator:
                 for part in index
             ]
         return self._batches[task, split]
+
+    def rows(self, task: int, split: str, limit: int | None = None) -> list[Any]:
+        """Each row once, in batches of which the last may be smaller."""
+        rows = self.zoo.tasks[task].splits[split]
+        count = min(len(rows["label"]), limit or len(rows["label"]))
+        return [
+            {
+                name: jnp.asarray(x[i : min(i + _BATCH, count)])
+                for name, x in rows.items()
+            }
+            for i in range(0, count, _BATCH)
+        ]
 
     def _predict_sweep(self, delta, scales, head, batch):
         """Predicted classes [A, B] in the tangent space of the base."""
@@ -166,7 +190,8 @@ class Evaluator:
         logits = jax.vmap(heads.prototype_logits, (0, None))(
             sweep(batch), head["prototypes"]
         )
-        return jnp.argmax(jnp.where(head["active"], logits, -jnp.inf), -1)
+        masked = jnp.where(head["active"], logits, -jnp.inf)
+        return jnp.argmax(masked, -1), jnp.all(jnp.isfinite(logits))
 
     def _read(self) -> dict[str, float]:
         if self._path is None or not self._path.exists():
@@ -187,6 +212,16 @@ class Evaluator:
             return
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps({key: self._known[key]}) + "\n")
+
+
+def _classes(logits: Any) -> Any:
+    """(predicted classes [B], whether all logits are finite)."""
+
+    def classes(params, batch):
+        found = logits(params, batch)
+        return jnp.argmax(found, -1), jnp.all(jnp.isfinite(found))
+
+    return classes
 
 
 def _is_accuracy(value: Any) -> bool:

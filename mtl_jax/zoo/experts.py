@@ -193,20 +193,7 @@ def open_zoo(
       ValueError: an unknown mode, or a cached file that is damaged.
     """
     tasks = tuple(tasks)
-    if not tasks or not modes:
-        raise ValueError(
-            f"open_zoo: wants tasks and modes, found {len(tasks)} tasks and {modes}"
-        )
-    if checkpoint_every is not None and (
-        not isinstance(checkpoint_every, int) or checkpoint_every < 1
-    ):
-        raise ValueError(
-            "open_zoo: checkpoint_every wants None or at least 1, found "
-            f"{checkpoint_every!r}"
-        )
-    for mode in modes:
-        if mode not in MODES:
-            raise ValueError(f"open_zoo: modes are {MODES}, found {mode!r}")
+    _check_request(tasks, modes, checkpoint_every)
     folder = epath.Path(folder or wheels.cache_dir() / "zoo")
     base, frozen = encoder.split(encoder.params)
     identity = _identity(encoder, settings)
@@ -249,6 +236,22 @@ def open_zoo(
         folder=folder,
         identity=identity,
     )
+
+
+def _check_request(tasks: Any, modes: Sequence[str], checkpoint_every: Any) -> None:
+    if not tasks or not modes:
+        raise ValueError(
+            f"open_zoo: wants tasks and modes, found {len(tasks)} tasks and {modes}"
+        )
+    for mode in modes:
+        if mode not in MODES:
+            raise ValueError(f"open_zoo: modes are {MODES}, found {mode!r}")
+    whole = isinstance(checkpoint_every, int) and checkpoint_every >= 1
+    if checkpoint_every is not None and not whole:
+        raise ValueError(
+            "open_zoo: checkpoint_every wants None or at least 1, found "
+            f"{checkpoint_every!r}"
+        )
 
 
 def _identity(encoder: Encoder, settings: Settings) -> str:

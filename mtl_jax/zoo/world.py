@@ -79,9 +79,14 @@ def world(
         frozen=(),
         rules=((".*", PartitionSpec()),),
     )
+    return encoder, _targets(bench, drawn)
+
+
+def _targets(bench, drawn: str) -> tuple[TaskData, ...]:
+    """The target tasks with their frozen heads."""
     splits = {"train": bench.train, "validation": bench.validation, "test": bench.test}
-    classes = bench.targets.head.shape[-1]
-    return encoder, tuple(
+    count, _, classes = bench.targets.head.shape
+    return tuple(
         make_task(
             f"task{t}",
             {
@@ -92,7 +97,7 @@ def world(
             classes,
             identity={"world": drawn, "task": t},
         )
-        for t in range(tasks)
+        for t in range(count)
     )
 
 
