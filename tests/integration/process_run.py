@@ -1,6 +1,7 @@
 """One process of `processes_test.py`: process_run.py ID COUNT PORT FOLDER."""
 
 import pathlib
+import signal
 import sys
 
 import jax
@@ -56,6 +57,18 @@ def main(index, count, port, folder):
             ),
         ),
     }
+
+    def late(step, steps, metrics):
+        """A signal to one process, when the last step is done and agreed on."""
+        if step == steps and index == count - 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    try:
+        trainer.fit(batch, steps=3, workdir=folder / "late", progress=late)
+    except train.Interrupted as error:
+        assert (error.code, error.step) == (143, 3)
+    else:
+        raise AssertionError("fit went on after a signal to one process")
     gather = jax.jit(
         lambda p: p, out_shardings=jax.sharding.NamedSharding(trainer.mesh, P())
     )
