@@ -1,6 +1,8 @@
 """Leaf names and the checks of arguments that every public function shares."""
 
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -120,7 +122,9 @@ def check_match(
 
 @jax.jit
 def _all_finite(leaves):
-    return [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
+    # 0 times NaN or infinity is NaN. A sum reads its operand once and stores nothing;
+    # of `all(isfinite(leaf))` the booleans are stored first on CPUs.
+    return [jnp.isfinite(jnp.sum(leaf * 0)) for leaf in leaves]
 
 
 def check_finite(fn_name: str, tree: Any) -> None:
@@ -169,3 +173,28 @@ def num_tasks(fn_name: str, tree: Any) -> int:
     if not count:
         raise ValueError(f"{fn_name}: {first!r} has no tasks, wanted at least one")
     return count
+
+
+def share(fn_name: str, name: str, fraction: float, length: int) -> int:
+    """floor(fraction * length), with the fraction read as the decimal it is written as.
+
+    Plain floating point gives floor(0.29 * 100) = 28.
+
+    Raises:
+      ValueError: the fraction is not a number in [0, 1].
+    """
+    fraction = number(fn_name, name, fraction)
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"{fn_name}: {name} is {fraction}, wanted 0 <= {name} <= 1")
+    return math.floor(Fraction(repr(fraction)) * length)
+
+
+def number(fn_name: str, name: str, value: Any) -> float:
+    """A Python float; text, traced values, sequences and None are refused by name."""
+    try:
+        if not isinstance(value, str):
+            return float(value)
+    except TypeError:  # What JAX raises for a traced value is one, too.
+        pass
+    shown = " ".join(repr(value).split())
+    raise ValueError(f"{fn_name}: {name} is {shown}, wanted a number")

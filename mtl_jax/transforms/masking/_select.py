@@ -1,15 +1,14 @@
 """Masks of an exact density: the largest entries, or random ones."""
 
-import math
 from typing import Any
 
 import chex
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax import tree
+from mtl_jax._checks import share
 
 _SCOPES = ("leaf", "row", "global")
 
@@ -46,10 +45,7 @@ def density(mask: chex.ArrayTree) -> chex.Array:
 
 
 def _check(name: str, tree_: Any, fraction: float, scope: str) -> None:
-    if isinstance(fraction, jax.core.Tracer) or not 0 <= fraction <= 1:
-        raise ValueError(
-            f"{name}: density is {fraction}, wanted a number in [0, 1] (static)"
-        )
+    share(name, "density", fraction, 0)
     if scope not in _SCOPES:
         raise ValueError(
             f"{name}: scope {scope!r} does not exist; wanted one of "
@@ -62,13 +58,12 @@ def _check(name: str, tree_: Any, fraction: float, scope: str) -> None:
             )
 
 
-def _count(size: int, fraction: float) -> int:
-    """floor(density * size), not lowered by the rounding of the product."""
-    return min(size, math.floor(fraction * size + 1e-9 * max(size, 1)))
-
-
 def magnitude(
-    tree_: chex.ArrayTree, density: float, scope: str = "leaf"
+    tree_: chex.ArrayTree,
+    density: float,
+    scope: str = "leaf",
+    *,
+    check_finite: bool = True,
 ) -> chex.ArrayTree:
     """Keeps the entries of largest magnitude, exactly floor(density * n) of them.
 
@@ -77,6 +72,7 @@ def magnitude(
       density: fraction kept, in [0, 1]; static.
       scope: what n counts: "leaf" each leaf, "row" each row (last axis) of each leaf,
         "global" the whole tree as one vector.
+      check_finite: refuse NaN and infinity in concrete arrays, by leaf name.
 
     Returns:
       Tree of bool like `tree_`; among equal magnitudes the first by leaf order and
@@ -95,15 +91,19 @@ def magnitude(
     **Differs**: counts are exact under ties, where a threshold keeps too many.
     """
     _check("magnitude", tree_, density, scope)
-    tree.check_finite("magnitude", tree_)
+    if check_finite:
+        tree.check_finite("magnitude", tree_)
     tree_ = jax.tree.map(jnp.asarray, tree_)
     if scope == "global":
-        return tree.tree_top_mask(tree_, _count(tree.size(tree_), density))
+        return tree.tree_top_mask(
+            tree_, share("magnitude", "density", density, tree.size(tree_))
+        )
 
     def leaf(x):
         rows = scope == "row" and x.ndim > 0
         length = x.shape[-1] if rows else x.size
-        return tree.top_mask(x, _count(length, density), rows=rows)
+        count = share("magnitude", "density", density, length)
+        return tree.top_mask(x, count, rows=rows)
 
     return jax.tree.map(leaf, tree_)
 
@@ -137,4 +137,4 @@ def random(
     ]
     noise = treedef.unflatten(noise)
     _check("random", noise, density, scope)
-    return magnitude(noise, density, scope)
+    return magnitude(noise, density, scope, check_finite=False)

@@ -8,13 +8,16 @@ from mtl_jax import tree
 from mtl_jax.transforms.merging import _compose
 
 
-def task_arithmetic(taus: Any, *, weights: Any = None, key: Any = None) -> Any:
+def task_arithmetic(
+    taus: Any, *, weights: Any = None, key: Any = None, check_finite: bool = True
+) -> Any:
     """Adds task vectors, `sum_t weights[t] * tau_t`.
 
     Args:
       taus: task tree, leaves [T, ...].
       weights: [T], ones by default.
       key: unused; every merge takes one.
+      check_finite: refuse NaN and infinity in concrete arrays, by leaf name.
 
     Returns:
       Tree with leaves [...] in the dtypes of `taus`.
@@ -30,17 +33,20 @@ def task_arithmetic(taus: Any, *, weights: Any = None, key: Any = None) -> Any:
     [4.0, 6.0]
     """
     del key
-    _, weights = _compose.check_taus("task_arithmetic", taus, weights)
+    _, weights = _compose.check_taus("task_arithmetic", taus, weights, check_finite)
     return tree.combine(taus, weights)
 
 
-def average(taus: Any, *, weights: Any = None, key: Any = None) -> Any:
+def average(
+    taus: Any, *, weights: Any = None, key: Any = None, check_finite: bool = True
+) -> Any:
     """Averages task vectors, `sum_t w_t tau_t / sum_t w_t`.
 
     Args:
       taus: task tree, leaves [T, ...].
       weights: [T] with a sum other than zero, ones by default.
       key: unused; every merge takes one.
+      check_finite: refuse NaN and infinity in concrete arrays, by leaf name.
 
     Returns:
       Tree with leaves [...] in the dtypes of `taus`.
@@ -56,18 +62,21 @@ def average(taus: Any, *, weights: Any = None, key: Any = None) -> Any:
     [2.0, 3.0]
     """
     del key
-    _, weights = _compose.check_taus("average", taus, weights)
+    _, weights = _compose.check_taus("average", taus, weights, check_finite)
     _compose.check_total("average", weights)
     return tree.combine(taus, weights / weights.sum())
 
 
-def negate(taus: Any, *, weights: Any = None, key: Any = None) -> Any:
+def negate(
+    taus: Any, *, weights: Any = None, key: Any = None, check_finite: bool = True
+) -> Any:
     """Subtracts task vectors, `-sum_t weights[t] * tau_t`, to forget the tasks.
 
     Args:
       taus: task tree, leaves [T, ...].
       weights: [T], ones by default.
       key: unused; every merge takes one.
+      check_finite: refuse NaN and infinity in concrete arrays, by leaf name.
 
     Returns:
       Tree with leaves [...] in the dtypes of `taus`.
@@ -82,17 +91,20 @@ def negate(taus: Any, *, weights: Any = None, key: Any = None) -> Any:
     [-1.0, -2.0]
     """
     del key
-    _, weights = _compose.check_taus("negate", taus, weights)
+    _, weights = _compose.check_taus("negate", taus, weights, check_finite)
     return tree.combine(taus, -weights)
 
 
-def analogy(taus: Any, *, weights: Any = None, key: Any = None) -> Any:
+def analogy(
+    taus: Any, *, weights: Any = None, key: Any = None, check_finite: bool = True
+) -> Any:
     """Task by analogy: a is to b as c is to the result, `tau_c + (tau_b - tau_a)`.
 
     Args:
       taus: task tree of exactly three tasks in the order a, b, c, leaves [3, ...].
       weights: [3], multiply the three terms; ones by default.
       key: unused; every merge takes one.
+      check_finite: refuse NaN and infinity in concrete arrays, by leaf name.
 
     Returns:
       Tree with leaves [...] in the dtypes of `taus`.
@@ -108,7 +120,7 @@ def analogy(taus: Any, *, weights: Any = None, key: Any = None) -> Any:
     [12.0]
     """
     del key
-    count, weights = _compose.check_taus("analogy", taus, weights)
+    count, weights = _compose.check_taus("analogy", taus, weights, check_finite)
     if count != 3:
         raise ValueError(f"analogy: there are {count} tasks, wanted 3: a, b and c")
     signs = jax.numpy.array([-1.0, 1.0, 1.0], weights.dtype)

@@ -135,6 +135,7 @@ def breadcrumbs(
     group: Group = "row",
     axis: Axis = -1,
     order: Order = "drop_first",
+    check_finite: bool = True,
 ) -> Any:
     """Adds task vectors from which outliers and small changes were removed.
 
@@ -155,6 +156,7 @@ def breadcrumbs(
         integers like `taus`. Not read where the group is "leaf".
       order: "drop_first" as above; "keep_first" keeps the floor(density * n) largest
         and then drops the outliers among them, ranks g to b.
+      check_finite: refuse NaN and infinity in concrete arrays, by leaf name.
 
     Returns:
       Tree with leaves [...] in the dtypes of `taus`. Scalar leaves are summed whole.
@@ -177,7 +179,7 @@ def breadcrumbs(
     [0.0, -3.0, 2.0, 0.0]
     """
     del key
-    _, weights = _compose.check_taus("breadcrumbs", taus, weights)
+    _, weights = _compose.check_taus("breadcrumbs", taus, weights, check_finite)
     selectors = _selectors("breadcrumbs", taus, density, drop_top, group, axis, order)
     return _compose.merge(taus, selectors, weights)
 
@@ -190,6 +192,7 @@ def band_masks(
     group: Group = "row",
     axis: Axis = -1,
     order: Order = "drop_first",
+    check_finite: bool = True,
 ) -> Any:
     """The masks of `breadcrumbs`, with its exact counts also among equal zeros.
 
@@ -200,6 +203,7 @@ def band_masks(
       group: as in `breadcrumbs`.
       axis: as in `breadcrumbs`.
       order: as in `breadcrumbs`.
+      check_finite: as in `breadcrumbs`.
 
     Returns:
       Tree of bools like `taus`, True = kept.
@@ -213,7 +217,7 @@ def band_masks(
     >>> band_masks(taus, density=0.5, drop_top=0.25)["w"].tolist()
     [[False, True, True, False]]
     """
-    tree.num_tasks("band_masks", taus)
+    _compose.check_taus("band_masks", taus, None, check_finite)
     selectors = _selectors(
         "band_masks", taus, density, drop_top, group, axis, order, zeros=True
     )
@@ -229,19 +233,23 @@ def band_masks(
     )
 
 
-def _transform(fn_name: str, density, drop_top, group: Group, axis: Axis):
+def _transform(fn_name: str, density, drop_top, group, axis, check_finite: bool):
     def apply(taus):
-        count = tree.num_tasks(fn_name, taus)
+        _, ones = _compose.check_taus(fn_name, taus, None, check_finite)
         selectors = _selectors(
             fn_name, taus, density, drop_top, group, axis, "drop_first"
         )
-        return _compose.survivors(taus, selectors, jnp.ones(count))
+        return _compose.survivors(taus, selectors, ones)
 
     return apply
 
 
 def drop_outliers(
-    drop_top: PerLeaf, *, group: Group = "row", axis: Axis = -1
+    drop_top: PerLeaf,
+    *,
+    group: Group = "row",
+    axis: Axis = -1,
+    check_finite: bool = True,
 ) -> TauTransform:
     """Transform of a task tree that zeroes the largest share of every group.
 
@@ -249,6 +257,7 @@ def drop_outliers(
       drop_top: fraction zeroed; a number, a function of the path, or a tree.
       group: "row" or "leaf".
       axis: of the rows, as in `breadcrumbs`.
+      check_finite: as in `breadcrumbs`.
 
     Returns:
       A pure function from task tree to task tree.
@@ -256,11 +265,15 @@ def drop_outliers(
     >>> drop_outliers(0.5)({"w": jnp.array([[4.0, -3.0]])})["w"].tolist()
     [[0.0, -3.0]]
     """
-    return _transform("drop_outliers", 1.0, drop_top, group, axis)
+    return _transform("drop_outliers", 1.0, drop_top, group, axis, check_finite)
 
 
 def keep_top(
-    density: PerLeaf, *, group: Group = "row", axis: Axis = -1
+    density: PerLeaf,
+    *,
+    group: Group = "row",
+    axis: Axis = -1,
+    check_finite: bool = True,
 ) -> TauTransform:
     """Transform of a task tree that keeps the largest share of every group.
 
@@ -268,6 +281,7 @@ def keep_top(
       density: fraction kept; a number, a function of the path, or a tree.
       group: "row" or "leaf".
       axis: of the rows, as in `breadcrumbs`.
+      check_finite: as in `breadcrumbs`.
 
     Returns:
       A pure function from task tree to task tree.
@@ -275,7 +289,7 @@ def keep_top(
     >>> keep_top(0.5)({"w": jnp.array([[4.0, -3.0]])})["w"].tolist()
     [[4.0, 0.0]]
     """
-    return _transform("keep_top", density, 0.0, group, axis)
+    return _transform("keep_top", density, 0.0, group, axis, check_finite)
 
 
 def scale(factor: Any) -> TauTransform:

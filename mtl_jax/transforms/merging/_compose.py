@@ -10,9 +10,7 @@ read once more and merged in one fused pass. No trimmed copy of the tasks is mad
 """
 
 import functools
-import math
 from collections.abc import Callable
-from fractions import Fraction
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -20,6 +18,8 @@ import jax.core
 import jax.numpy as jnp
 
 from mtl_jax import tree
+from mtl_jax._checks import number as number
+from mtl_jax._checks import share as share
 
 Elect = Literal["none", "sum", "count"]
 Reduce = Literal["sum", "mean", "disjoint_mean"]
@@ -73,48 +73,26 @@ Selector = Any
 Trim = Callable[[Any], Any]
 
 
-def share(fn_name: str, name: str, fraction: float, length: int) -> int:
-    """floor(fraction * length), with the fraction read as the decimal it is written as.
-
-    Plain floating point gives floor(0.29 * 100) = 28.
-
-    Raises:
-      ValueError: the fraction is not a number in [0, 1].
-    """
-    fraction = number(fn_name, name, fraction)
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"{fn_name}: {name} is {fraction}, wanted 0 <= {name} <= 1")
-    return math.floor(Fraction(repr(fraction)) * length)
-
-
-def number(fn_name: str, name: str, value: Any) -> float:
-    """A Python float; text, traced values, sequences and None are refused by name."""
-    try:
-        if not isinstance(value, str):
-            return float(value)
-    except TypeError:  # What JAX raises for a traced value is one, too.
-        pass
-    shown = " ".join(repr(value).split())
-    raise ValueError(f"{fn_name}: {name} is {shown}, wanted a number")
-
-
 def choice(fn_name: str, name: str, value: Any, known: tuple[str, ...]) -> None:
     """Refuses an option that does not exist."""
     if value not in known:
         raise ValueError(f"{fn_name}: {name} is {value!r}, wanted one of {known}")
 
 
-def check_taus(fn_name: str, taus: Any, weights: Any) -> tuple[int, jax.Array]:
+def check_taus(
+    fn_name: str, taus: Any, weights: Any, check_finite: bool
+) -> tuple[int, jax.Array]:
     """Number of tasks and one float32 weight for each; ones by default.
 
     Raises:
-      ValueError: nothing to merge; NaN or infinity in concrete arrays, by leaf; or
-        weights that do not fit.
+      ValueError: nothing to merge; NaN or infinity in concrete arrays, by leaf, where
+        that is to be checked; or weights that do not fit.
     """
     count = tree.num_tasks(fn_name, taus)
     if not any(tree.is_inexact(leaf) for leaf in jax.tree.leaves(taus)):
         raise ValueError(f"{fn_name}: no leaf of taus is floating point")
-    tree.check_finite(fn_name, taus)
+    if check_finite:
+        tree.check_finite(fn_name, taus)
     if weights is None:
         return count, jnp.ones(count, jnp.float32)
     weights = numbers(fn_name, "weights", weights)
@@ -135,16 +113,48 @@ def numbers(fn_name: str, name: str, value: Any) -> jax.Array:
     return array
 
 
-def check_total(fn_name: str, weights: jax.Array) -> None:
-    """Refuses weights that cannot be divided by their sum."""
-    if isinstance(weights, jax.core.Tracer):
+def _check_values(fn_name: str, name: str, array: jax.Array, test: Any, wanted: str):
+    """Refuses numbers that fail a test; numbers that are not known yet pass."""
+    if isinstance(array, jax.core.Tracer):
         return
     with jax.ensure_compile_time_eval():
-        total = float(weights.sum())
-    if total == 0:
-        raise ValueError(
-            f"{fn_name}: weights are {weights.tolist()}, wanted a sum other than 0"
-        )
+        passed = bool(test(array))
+    if not passed:
+        raise ValueError(f"{fn_name}: {name} {array.tolist()}, wanted {wanted}")
+
+
+def check_total(fn_name: str, weights: jax.Array) -> None:
+    """Refuses weights that cannot be divided by their sum, zero but for rounding."""
+    rounding = weights.size * jnp.finfo(weights.dtype).eps
+    _check_values(
+        fn_name,
+        "weights are",
+        weights,
+        lambda w: jnp.abs(w.sum()) > rounding * jnp.abs(w).sum(),
+        "a sum other than 0",
+    )
+
+
+def check_positive(fn_name: str, weights: jax.Array) -> None:
+    """Refuses weights of zero and below."""
+    _check_values(
+        fn_name,
+        "weights are",
+        weights,
+        lambda w: (w > 0).all(),
+        "all of them positive",
+    )
+
+
+def check_scale(fn_name: str, scale: jax.Array) -> None:
+    """Refuses negative scales."""
+    _check_values(
+        fn_name,
+        "scale is",
+        scale,
+        lambda s: (s >= 0).all(),
+        "0 or more",
+    )
 
 
 def top_share(
@@ -178,7 +188,7 @@ def top_share(
 
 def _kept(x: jax.Array, select: Selector, weights: jax.Array) -> list[jax.Array]:
     """Trimmed and weighted values of each task, float32; unrolled, so that it fuses."""
-    wide = x.dtype if x.dtype.itemsize > 4 else jnp.float32
+    wide = tree.wide_dtype(x.dtype)
     return [
         weights[t].astype(wide)
         * jax.tree.map(lambda a, t=t: a[t], select)(x[t].astype(wide))

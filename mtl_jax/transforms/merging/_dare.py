@@ -17,6 +17,7 @@ def dare(
     rescale: bool = True,
     elect: _compose.Elect = "none",
     reduce: _compose.Reduce = "sum",
+    check_finite: bool = True,
 ) -> Any:
     """Merges task vectors thinned at random, unbiased.
 
@@ -26,10 +27,11 @@ def dare(
       taus: task tree, leaves [T, ...].
       density: probability of keeping an entry, in (0, 1].
       key: typed PRNG key.
-      weights: [T], ones by default.
+      weights: [T], ones by default; for the "mean" with a sum other than zero.
       rescale: divide by the density, so that the expectation is the task vector.
       elect: "none" adds the thinned vectors; "sum" or "count" elect signs as in `ties`.
       reduce: "sum", "mean" or "disjoint_mean", as in `ties`.
+      check_finite: refuse NaN and infinity in concrete arrays, by leaf name.
 
     Returns:
       Tree with leaves [...] in the dtypes of `taus`.
@@ -46,7 +48,7 @@ def dare(
     >>> dare(taus, density=1.0, key=jax.random.key(0))["w"].tolist()
     [1.0, 1.0, 1.0, 1.0]
     """
-    count, weights = _compose.check_taus("dare", taus, weights)
+    count, weights = _compose.check_taus("dare", taus, weights, check_finite)
     density = _compose.number("dare", "density", density)
     if not hasattr(key, "dtype"):
         raise ValueError(f"dare: key is {key!r}, wanted one made by jax.random.key")

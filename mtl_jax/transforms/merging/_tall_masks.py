@@ -1,9 +1,11 @@
 """TALL-masks: pull one task back out of a merged vector; Consensus merging."""
 
 import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from mtl_jax import tree
@@ -14,7 +16,7 @@ from mtl_jax.transforms.merging import _compose
 def _mask_leaf(taus: jax.Array, merged: jax.Array, scale: jax.Array) -> jax.Array:
     if not tree.is_inexact(taus):
         return jnp.zeros(taus.shape, bool)
-    wide = taus.dtype if taus.dtype.itemsize > 4 else jnp.float32
+    wide = tree.wide_dtype(taus.dtype)
     merged = merged.astype(wide)
     masks = []
     for t in range(taus.shape[0]):
@@ -23,7 +25,9 @@ def _mask_leaf(taus: jax.Array, merged: jax.Array, scale: jax.Array) -> jax.Arra
     return jnp.stack(masks)
 
 
-def tall_masks(taus: Any, merged: Any = None, *, scale: Any) -> Any:
+def tall_masks(
+    taus: Any, merged: Any = None, *, scale: Any, check_finite: bool = True
+) -> Any:
     """Marks the entries in which the merged vector speaks for a task.
 
     m_t = |tau_t| > scale_t |merged - tau_t|, strictly
@@ -31,14 +35,17 @@ def tall_masks(taus: Any, merged: Any = None, *, scale: Any) -> Any:
     Args:
       taus: task tree, leaves [T, ...].
       merged: the multi-task delta, leaves [...]; the sum of `taus` by default.
-      scale: the paper's lambda, scalar or [T]; chosen per task on validation data.
+      scale: the paper's lambda, scalar or [T], not negative; chosen per task on
+        validation data.
+      check_finite: refuse NaN and infinity in concrete arrays, by leaf name.
 
     Returns:
       Tree of bools like `taus`, True = the entry belongs to the task. Leaves that hold
       no deltas are False.
 
     Raises:
-      ValueError: `merged` or `scale` does not fit `taus`.
+      ValueError: `merged` or `scale` does not fit `taus`, a scale is negative, or
+        something is NaN or infinite.
 
     Follows: Wang et al. 2024, "Localizing Task Information for Improved Model Merging
       and Compression", section 4.1.
@@ -47,27 +54,41 @@ def tall_masks(taus: Any, merged: Any = None, *, scale: Any) -> Any:
     >>> tall_masks(taus, scale=0.4)["w"].tolist()
     [[True, False], [False, True]]
     """
-    count, ones = _compose.check_taus("tall_masks", taus, None)
-    merged = _merged("tall_masks", taus, merged, ones)
-    scale = _compose.numbers("tall_masks", "scale", scale)
+    _, ones = _compose.check_taus("tall_masks", taus, None, check_finite)
+    merged = _merged("tall_masks", taus, merged, ones, check_finite)
+    return _tall("tall_masks", taus, merged, scale)
+
+
+def _tall(fn_name: str, taus: Any, merged: Any, scale: Any) -> Any:
+    count = tree.num_tasks(fn_name, taus)
+    scale = _compose.numbers(fn_name, "scale", scale)
     if scale.shape not in ((), (count,)):
         raise ValueError(
-            f"tall_masks: scale is {scale.shape}, wanted a scalar or ({count},)"
+            f"{fn_name}: scale is {scale.shape}, wanted a scalar or ({count},)"
         )
+    _compose.check_scale(fn_name, scale)
     scale = jnp.broadcast_to(scale, (count,))
     return jax.tree.map(lambda x, m: _mask_leaf(x, m, scale), taus, merged)
 
 
-def _merged(fn_name: str, taus: Any, merged: Any, weights: jax.Array) -> Any:
+def _merged(
+    fn_name: str, taus: Any, merged: Any, weights: jax.Array, check_finite: bool
+) -> Any:
     if merged is None:
         return tree.combine(taus, weights)
     first = jax.eval_shape(lambda taus: jax.tree.map(lambda x: x[0], taus), taus)
     tree.check_match(fn_name, first, merged, reference_name="taus", other_name="merged")
+    if check_finite:
+        tree.check_finite(f"{fn_name}: merged", merged)
     return merged
 
 
 def magnitude_masks(
-    taus: Any, *, density: float, scope: _compose.Scope = "global"
+    taus: Any,
+    *,
+    density: float,
+    scope: _compose.Scope = "global",
+    check_finite: bool = True,
 ) -> Any:
     """Marks the largest entries of each task, the baseline of `tall_masks`.
 
@@ -75,19 +96,21 @@ def magnitude_masks(
       taus: task tree, leaves [T, ...].
       density: fraction marked, exactly floor(density * n) of each task.
       scope: "global" counts over the task's whole tree, "leaf" in each leaf.
+      check_finite: refuse NaN and infinity in concrete arrays, by leaf name.
 
     Returns:
       Tree of bools like `taus`, True = kept; False in leaves that hold no deltas.
 
     Raises:
-      ValueError: the density is not in [0, 1] or the scope does not exist.
+      ValueError: the density is not in [0, 1], the scope does not exist, or something
+        is NaN or infinite.
 
     Follows: Wang et al. 2024, "Localizing Task Information", the magnitude baseline.
 
     >>> magnitude_masks({"w": jnp.array([[1.0, -3.0]])}, density=0.5)["w"].tolist()
     [[False, True]]
     """
-    _compose.check_taus("magnitude_masks", taus, None)
+    _compose.check_taus("magnitude_masks", taus, None, check_finite)
     selectors = _compose.top_share(
         "magnitude_masks", taus, density, scope, zero_ties=True
     )
@@ -150,12 +173,29 @@ def consensus_mask(counts: Any, min_tasks: int) -> Any:
     Returns:
       Tree of bools like `counts`, True = kept.
 
+    Raises:
+      ValueError: `min_tasks` is not an integer, or negative.
+
     Follows: Wang et al. 2024, "Localizing Task Information", section 4.2.
 
     >>> consensus_mask({"w": jnp.array([2, 1, 0])}, 2)["w"].tolist()
     [True, False, False]
     """
+    _check_min_tasks("consensus_mask", min_tasks)
     return jax.tree.map(lambda c: c.astype(jnp.int32) >= min_tasks, counts)
+
+
+def _check_min_tasks(fn_name: str, min_tasks: Any) -> None:
+    if isinstance(min_tasks, jax.core.Tracer):
+        return
+    try:
+        fits = operator.index(min_tasks) >= 0
+    except TypeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{fn_name}: min_tasks is {min_tasks!r}, wanted an integer of 0 or more"
+        )
 
 
 def consensus(
@@ -167,6 +207,7 @@ def consensus(
     scale: Any = None,
     min_tasks: int = 2,
     merged: Any = None,
+    check_finite: bool = True,
 ) -> Any:
     """Keeps of a merged vector what several tasks want.
 
@@ -180,13 +221,15 @@ def consensus(
       scale: lambda, scalar or [T], to make the masks with instead of giving them.
       min_tasks: entries that fewer tasks want are dropped; 1 drops what no task wants.
       merged: the delta to filter, leaves [...]; the weighted sum by default.
+      check_finite: refuse NaN and infinity in concrete arrays, by leaf name.
 
     Returns:
       Tree like `merged`.
 
     Raises:
-      ValueError: not exactly one of `masks` and `scale`, `weights` beside `merged`, or
-        trees that do not fit.
+      ValueError: not exactly one of `masks` and `scale`, `weights` beside `merged`,
+        trees that do not fit, a negative `scale` or `min_tasks`, or something that is
+        NaN or infinite.
 
     Follows: Wang et al. 2024, "Localizing Task Information", section 4.2.
     Differs: the strength alpha is not applied here; `tree.add_scaled` does.
@@ -196,14 +239,15 @@ def consensus(
     [2.0, 0.0, 0.0]
     """
     del key
-    _, ones = _compose.check_taus("consensus", taus, weights)
+    _, ones = _compose.check_taus("consensus", taus, weights, check_finite)
+    _check_min_tasks("consensus", min_tasks)
     if (masks is None) == (scale is None):
         raise ValueError("consensus: give either masks or scale, and not both")
     if weights is not None and merged is not None:
         raise ValueError("consensus: weights make the merged vector; both are given")
-    merged = _merged("consensus", taus, merged, ones)
+    merged = _merged("consensus", taus, merged, ones, check_finite)
     if masks is None:
-        masks = tall_masks(taus, merged, scale=scale)
+        masks = _tall("consensus", taus, merged, scale)
     elif jax.tree.map(jnp.shape, masks) != jax.tree.map(jnp.shape, taus):
         raise ValueError("consensus: the masks do not have the leaves of taus")
     return restore_delta(merged, consensus_mask(mask_counts(masks), min_tasks))

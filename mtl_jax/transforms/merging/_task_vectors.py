@@ -13,8 +13,7 @@ from mtl_jax import tree
 def _leaf(base: jax.Array, experts: list[jax.Array]) -> jax.Array:
     if not tree.is_inexact(base):
         return jnp.zeros((len(experts), *base.shape), base.dtype)
-    narrow = jnp.issubdtype(base.dtype, jnp.floating) and base.dtype.itemsize < 4
-    wide = jnp.float32 if narrow else base.dtype
+    wide = tree.wide_dtype(base.dtype)
     return jnp.stack([e.astype(wide) - base.astype(wide) for e in experts])
 
 

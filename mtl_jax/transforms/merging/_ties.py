@@ -15,6 +15,7 @@ def ties(
     elect: _compose.Elect = "sum",
     reduce: _compose.Reduce = "disjoint_mean",
     zero_sign: Literal["majority", "none"] = "majority",
+    check_finite: bool = True,
 ) -> Any:
     r"""Merges task vectors after trimming and electing a sign per entry.
 
@@ -37,6 +38,7 @@ def ties(
         sum over the weight of all tasks.
       zero_sign: what an election that ends in zero becomes: "majority", the most
         common elected sign of the model (in both scopes), or "none", nothing passes.
+      check_finite: refuse NaN and infinity in concrete arrays, by leaf name.
 
     Returns:
       Tree with leaves [...] in the dtypes of `taus`.
@@ -57,9 +59,8 @@ def ties(
     """
     del key
     options = _check("ties", elect, reduce, zero_sign)
-    _, weights = _compose.check_taus("ties", taus, weights)
-    if reduce == "mean":
-        _compose.check_total("ties", weights)
+    _, weights = _compose.check_taus("ties", taus, weights, check_finite)
+    _compose.check_positive("ties", weights)
     selectors = _compose.top_share("ties", taus, density, scope)
     return _compose.merge(taus, selectors, weights, reduce=reduce, **options)
 
@@ -72,16 +73,18 @@ def ties_select(
     scope: _compose.Scope = "global",
     elect: _compose.Elect = "sum",
     zero_sign: Literal["majority", "none"] = "majority",
+    check_finite: bool = True,
 ) -> Any:
     """The entries of each task that `ties` would merge; zero elsewhere.
 
     Args:
       taus: task tree, leaves [T, ...].
       density: as in `ties`.
-      weights: [T]; they weigh the election, not the result.
+      weights: [T], positive; they weigh the election, not the result.
       scope: as in `ties`.
       elect: as in `ties`; "none" returns the trimmed task vectors.
       zero_sign: as in `ties`.
+      check_finite: as in `ties`.
 
     Returns:
       Tree like `taus`.
@@ -98,7 +101,8 @@ def ties_select(
     [[3.0, 0.0, 0.0], [1.0, -2.0, 0.0]]
     """
     options = _check("ties_select", elect, "sum", zero_sign)
-    _, weights = _compose.check_taus("ties_select", taus, weights)
+    _, weights = _compose.check_taus("ties_select", taus, weights, check_finite)
+    _compose.check_positive("ties_select", weights)
     selectors = _compose.top_share("ties_select", taus, density, scope)
     return _compose.survivors(taus, selectors, weights, **options)
 

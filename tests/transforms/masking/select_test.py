@@ -1,4 +1,5 @@
 import math
+from fractions import Fraction
 
 import hypothesis
 import hypothesis.strategies as st
@@ -49,8 +50,15 @@ def test_global_scope_is_the_flat_definition(seed, density):
     flat = np.concatenate([np.asarray(x).reshape(-1) for x in leaves])
     got = masking.magnitude(params, density, "global")
     got = np.concatenate([np.asarray(m).reshape(-1) for m in jax.tree.leaves(got)])
-    count = math.floor(density * flat.size + 1e-9 * flat.size)
+    count = math.floor(Fraction(str(density)) * flat.size)
     np.testing.assert_array_equal(got, top(flat, count))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("scope", ["leaf", "row", "global"])
+def test_a_density_just_below_one_entry_keeps_none(scope):
+    mask = masking.magnitude({"w": jnp.ones(100)}, 0.0099999999, scope)
+    assert not mask["w"].any()
 
 
 @pytest.mark.parametrize("scope", ["leaf", "row", "global"])
@@ -91,6 +99,7 @@ def test_density_counts_entries_not_leaves():
     ("call", "message"),
     [
         (lambda p: masking.magnitude(p, 1.2), "magnitude: density is 1.2"),
+        (lambda p: masking.magnitude(p, "0.2"), "magnitude: density is '0.2'"),
         (
             lambda p: masking.magnitude(p, 0.5, "tensor"),
             "scope 'tensor' does not exist",

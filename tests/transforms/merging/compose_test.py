@@ -15,13 +15,15 @@ MERGES = {
     "negate": {},
     "ties": {"density": 0.5},
     "ties_select": {"density": 0.5},
+    "analogy": {},
     "breadcrumbs": {"density": 0.5, "drop_top": 0.1},
+    "band_masks": {"density": 0.5, "drop_top": 0.1},
     "dare": {"density": 0.5, "key": KEY},
     "tall_masks": {"scale": 0.5},
     "consensus": {"scale": 0.5},
     "magnitude_masks": {"density": 0.5},
 }
-WEIGHTED = [n for n in MERGES if n not in ("tall_masks", "magnitude_masks")]
+WEIGHTED = [n for n in MERGES if not n.endswith("_masks")]
 
 
 def refusal(name, taus, **options):
@@ -62,12 +64,57 @@ def test_weights(name, weights, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
-    [("average", {}), ("ties", {"reduce": "mean"}), ("dare", {"reduce": "mean"})],
+    ("name", "options"), [("average", {}), ("dare", {"reduce": "mean"})]
 )
-def test_means_want_a_weight(name, options):
-    text = refusal(name, TAUS, weights=[1.0, -1.0], **options)
+@pytest.mark.parametrize("weights", [(1.0, -1.0), (0.0, 0.0), (0.3, -0.1 - 0.2)])
+def test_means_want_a_weight(name, options, weights):
+    text = refusal(name, TAUS, weights=list(weights), **options)
     assert "wanted a sum other than 0" in text
+
+
+@pytest.mark.parametrize("name", ["ties", "ties_select"])
+@pytest.mark.parametrize("weights", [[1.0, 0.0], [2.0, -1.0]])
+def test_elections_want_positive_weights(name, weights):
+    text = refusal(name, TAUS, weights=weights)
+    assert f"weights are {weights}, wanted all of them positive" in text
+
+
+@pytest.mark.parametrize("name", ["tall_masks", "consensus"])
+@pytest.mark.parametrize("scale", [-0.1, [0.1, -0.2]])
+def test_scales_are_not_negative(name, scale):
+    assert "wanted 0 or more" in refusal(name, TAUS, scale=scale)
+
+
+@pytest.mark.parametrize("name", ["tall_masks", "consensus"])
+def test_the_merged_vector_is_read_too(name):
+    merged = jax.tree.map(lambda x: x[0], TAUS)
+    merged["a"]["k"] = merged["a"]["k"].at[0, 0].set(jnp.inf)
+    text = refusal(name, TAUS, merged=merged)
+    assert "merged: 'a/k' holds NaN or infinity" in text
+    getattr(merging, name)(TAUS, merged=merged, scale=0.5, check_finite=False)
+
+
+@pytest.mark.parametrize("min_tasks", [-1, 1.5, None])
+def test_min_tasks(min_tasks):
+    assert "min_tasks is" in refusal("consensus", TAUS, min_tasks=min_tasks)
+    counts = {"w": jnp.array([0, 1])}
+    assert "min_tasks is" in refusal("consensus_mask", counts, min_tasks=min_tasks)
+    mask = jax.jit(merging.consensus_mask)(counts, jnp.asarray(1))
+    assert mask["w"].tolist() == [False, True]
+
+
+@pytest.mark.parametrize("name", [n for n in MERGES if n != "analogy"])
+def test_the_reading_can_be_switched_off(name):
+    taus = {"w": TAUS["a"]["b"].at[1, 2].set(jnp.inf)}
+    getattr(merging, name)(taus, check_finite=False, **MERGES[name])
+
+
+@pytest.mark.parametrize("make", [merging.drop_outliers, merging.keep_top])
+def test_transforms_of_breadcrumbs_read_too(make):
+    taus = {"w": TAUS["a"]["b"].at[1, 2].set(jnp.nan)}
+    with pytest.raises(ValueError, match=f"{make.__name__}: 'w' holds NaN"):
+        make(0.5)(taus)
+    make(0.5, check_finite=False)(taus)
 
 
 @pytest.mark.parametrize(
