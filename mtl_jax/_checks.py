@@ -61,9 +61,10 @@ def _check_arrays(fn_name: str, named: dict[str, Any], where: str) -> None:
                 f"{fn_name}: {name!r} in {where} is a {type(leaf).__name__}, not an "
                 "array; keep only the arrays (equinox.filter, nnx.split) first"
             )
-        if getattr(getattr(leaf, "dtype", None), "kind", "f") in "OSUMm":
+        dtype = getattr(leaf, "dtype", None)
+        if getattr(dtype, "kind", "f") in "OSUMm":
             raise ValueError(
-                f"{fn_name}: {name!r} in {where} has dtype {leaf.dtype}, wanted numbers"
+                f"{fn_name}: {name!r} in {where} has dtype {dtype}, wanted numbers"
             )
 
 
