@@ -41,7 +41,7 @@ jax.config.update(
         "MTL_JAX_TEST_CACHE", str(pathlib.Path.home() / ".cache/mtl_jax/xla-tests")
     ),
 )
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 hypothesis.settings.register_profile(
     "mtl_jax",

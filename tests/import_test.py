@@ -11,9 +11,9 @@ PROBE = """
 import json, sys, time
 import jax, optax, chex
 before = set(sys.modules)
-start = time.perf_counter()
+start = time.process_time()
 import mtl_jax
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 print(json.dumps([seconds, sorted(set(sys.modules) - before)]))
 """
 HEAVY = {

@@ -73,6 +73,7 @@ def test_radix_and_bisection_agree_bit_for_bit():
                 np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.slow
 def test_slices_and_one_pass_agree(monkeypatch):
     x = {"w": draw(2, (3, 16, 12), jnp.float32), "b": draw(3, (3, 40), jnp.bfloat16)}
     whole = jax.jit(lambda x: order.task_top_cutoffs(x, 50))(x)

@@ -17,7 +17,6 @@ DOCUMENTS = [
 ]
 
 
-@pytest.mark.fast
 def test_readme_examples_run():
     found = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
     assert found.attempted >= 6 and found.failed == 0

@@ -7,8 +7,6 @@ import pytest
 
 from mtl_jax import tree
 
-pytestmark = pytest.mark.fast
-
 
 @pytest.fixture
 def params():
@@ -18,17 +16,20 @@ def params():
     }
 
 
+@pytest.mark.fast
 def test_paths_and_select(params):
     assert tree.paths(params) == ["block/bias", "block/kernel", "step"]
     picked = tree.select(params, "kernel$", "^step$")
     assert picked == {"block": {"kernel": True, "bias": False}, "step": True}
 
 
+@pytest.mark.fast
 def test_select_refuses_a_pattern_that_matches_nothing(params):
     with pytest.raises(ValueError, match=r"select: 'head' matches no leaf.*block/bias"):
         tree.select(params, "head")
 
 
+@pytest.mark.fast
 def test_nnx_value_suffix_is_stripped_and_a_dict_key_is_not():
     nnx = pytest.importorskip("flax.nnx")
     _, state = nnx.split(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
@@ -36,6 +37,7 @@ def test_nnx_value_suffix_is_stripped_and_a_dict_key_is_not():
     assert tree.paths({"a": {"value": 1}}) == ["a/value"]
 
 
+@pytest.mark.fast
 def test_stack_and_unstack_are_inverse(params):
     twice = tree.stack([params, jax.tree.map(lambda x: x + x.dtype.type(1), params)])
     assert tree.num_tasks("f", twice) == 2
@@ -43,6 +45,7 @@ def test_stack_and_unstack_are_inverse(params):
     jax.tree.map(np.testing.assert_array_equal, back[0], params)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -61,6 +64,7 @@ def test_check_match_names_the_leaf(params, change, message):
         tree.check_match("f", params, change(params))
 
 
+@pytest.mark.fast
 def test_check_match_allows_another_width_and_refuses_another_container():
     base = {"w": jnp.ones(2), "v": jnp.ones(1)}
     tree.check_match("f", base, jax.tree.map(lambda x: x.astype(jnp.bfloat16), base))
@@ -68,6 +72,7 @@ def test_check_match_allows_another_width_and_refuses_another_container():
         tree.check_match("f", [jnp.ones(2)], (jnp.ones(2),))
 
 
+@pytest.mark.fast
 def test_check_finite_names_the_leaf_and_ignores_tracers(params):
     tree.check_finite("f", params)
     bad = {"a": jnp.ones(3), "b": jnp.array([1.0, jnp.nan]), "c": jnp.array(jnp.inf)}
@@ -76,6 +81,7 @@ def test_check_finite_names_the_leaf_and_ignores_tracers(params):
     jax.jit(lambda t: tree.check_finite("f", t))(bad)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
@@ -90,6 +96,7 @@ def test_num_tasks_refuses(bad, message):
         tree.num_tasks("f", bad)
 
 
+@pytest.mark.fast
 def test_add_scaled_rounds_once_and_leaves_integers_alone(params):
     delta = jax.tree.map(jnp.ones_like, params)
     moved = tree.add_scaled(params, delta, 0.5)
@@ -103,6 +110,7 @@ def test_add_scaled_rounds_once_and_leaves_integers_alone(params):
     assert tree.add_scaled(base, step, 1.0)[0] == 1 + 2**-7
 
 
+@pytest.mark.fast
 def test_add_scaled_takes_one_scale_per_leaf():
     base = {"a": jnp.zeros(2), "b": jnp.zeros(1)}
     delta = jax.tree.map(jnp.ones_like, base)
@@ -114,6 +122,7 @@ def test_add_scaled_takes_one_scale_per_leaf():
         tree.add_scaled(base, delta, jnp.ones(2))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_combine_is_the_weighted_sum(dtype):
     rng = np.random.default_rng(0)
@@ -130,6 +139,7 @@ def test_combine_is_the_weighted_sum(dtype):
         tree.combine({"x": x}, jnp.ones(2))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("dtype", "want"),
     [
@@ -164,6 +174,7 @@ def test_gram_matches_float64_blocked_or_not(devices, monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.fast
 def test_sizes():
     sample = {"a": jnp.ones((2, 3), jnp.bfloat16), "b": jnp.ones(())}
     assert tree.size(sample) == 7

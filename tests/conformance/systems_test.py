@@ -26,6 +26,16 @@ def test_every_variant_builds(entry):
         assert len(system.rows) >= 3
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Nothing made by an earlier run of the suite."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MTL_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("entry", WORKING, ids=IDS)
 def test_tiny_runs_and_repeats(entry, tmp_path, quiet):
     config = configs.load_config(f"{ROOT / entry.config}:tiny", {})

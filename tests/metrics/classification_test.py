@@ -6,8 +6,6 @@ import pytest
 
 from mtl_jax import metrics
 
-pytestmark = pytest.mark.fast
-
 
 @hypothesis.given(st.integers(0, 2**31 - 1), st.integers(1, 5))
 def test_top_k_counts_the_logits_ahead(seed, k):
@@ -24,6 +22,7 @@ def test_top_k_counts_the_logits_ahead(seed, k):
         np.testing.assert_array_equal(metrics.accuracy(*arguments), want)
 
 
+@pytest.mark.fast
 def test_inactive_classes_cannot_win():
     logits = jnp.array([[9.0, 1.0, 2.0], [0.0, 5.0, 4.0]], jnp.bfloat16)
     mask = jnp.array([False, True, True])
@@ -32,6 +31,7 @@ def test_inactive_classes_cannot_win():
     np.testing.assert_array_equal(got, [1, 1])
 
 
+@pytest.mark.fast
 def test_nan_logits_and_impossible_labels_are_wrong():
     logits = jnp.array([[jnp.nan, 0.0], [1.0, 0.0]])
     np.testing.assert_array_equal(metrics.accuracy(logits, jnp.array([0, 7])), [0, 0])
@@ -40,6 +40,7 @@ def test_nan_logits_and_impossible_labels_are_wrong():
     )
 
 
+@pytest.mark.fast
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="accuracy: wanted logits"):
         metrics.accuracy(jnp.zeros((2, 3)), jnp.zeros((2, 3), jnp.int32))

@@ -3,10 +3,10 @@ from ml_collections import ConfigDict
 
 from mtl_jax import configs, run
 
-pytestmark = pytest.mark.fast
 CONFIG = "experiments/configs/tall_masks.py"
 
 
+@pytest.mark.fast
 def test_unknown_suites_and_systems_are_named(quiet, tmp_path):
     config = configs.load_config(f"{CONFIG}:tiny", {"suite.name": "imagenet"})
     with pytest.raises(ValueError, match=r"suite 'imagenet' does not exist; known:"):
@@ -16,6 +16,7 @@ def test_unknown_suites_and_systems_are_named(quiet, tmp_path):
         run.run(config, workdir=tmp_path, progress=quiet)
 
 
+@pytest.mark.fast
 def test_paper_variant_says_what_it_needs(quiet, tmp_path):
     config = configs.load_config(f"{CONFIG}:paper", {})
     with pytest.raises(ValueError, match="needs pretrained weights"):
@@ -23,6 +24,7 @@ def test_paper_variant_says_what_it_needs(quiet, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fast
 def test_preflight_is_for_towers_whose_shapes_are_known():
     config = configs.load_config(f"{CONFIG}:tiny", {})
     with pytest.raises(ValueError, match="use the variant :paper"):
@@ -44,11 +46,13 @@ def test_paper_step_compiles_for_a_tpu():
     assert found.fits and found.num_devices == 4 and found.num_params > 85e6
 
 
+@pytest.mark.fast
 def test_configs_that_are_not_whole(quiet, tmp_path):
     with pytest.raises(ValueError, match="config: lacks suite, experts, modes"):
         run.run(ConfigDict({"system": "x"}), workdir=tmp_path, progress=quiet)
 
 
+@pytest.mark.fast
 def test_options_of_another_suite(quiet, tmp_path):
     config = configs.load_config(f"{CONFIG}:tiny", {"suite.name": "small_vit"})
     with config.unlocked():

@@ -7,9 +7,8 @@ from mtl_jax import data, zoo
 from mtl_jax.data import packages, wheels
 from mtl_jax.models import heads
 
-pytestmark = pytest.mark.fast
 
-
+@pytest.mark.fast
 def test_class_means_are_unit_means_of_unit_features():
     rng = np.random.default_rng(0)
     features, labels = rng.normal(size=(12, 5)), rng.integers(0, 3, 12)
@@ -20,11 +19,13 @@ def test_class_means_are_unit_means_of_unit_features():
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
+@pytest.mark.fast
 def test_class_means_refuse_a_class_without_features():
     with pytest.raises(ValueError, match=r"found none of \[1\]"):
         zoo.class_means(jnp.ones((2, 2)), jnp.zeros(2, jnp.int32), 2)
 
 
+@pytest.mark.fast
 def test_class_means_refuse_other_shapes():
     with pytest.raises(ValueError, match="class_means: wanted features"):
         zoo.class_means(jnp.ones((4, 2)), jnp.zeros(3, jnp.int32), 2)

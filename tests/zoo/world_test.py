@@ -3,9 +3,8 @@ import pytest
 
 from mtl_jax import data, zoo
 
-pytestmark = pytest.mark.fast
 
-
+@pytest.mark.fast
 def test_heads_are_unit_and_rows_are_apart(tiny_suite):
     encoder, tasks = tiny_suite
     assert [task.name for task in tasks] == ["task0", "task1", "task2"]
@@ -19,6 +18,7 @@ def test_heads_are_unit_and_rows_are_apart(tiny_suite):
         encoder.prototypes(data.get("digits"), {})
 
 
+@pytest.mark.fast
 def test_features_are_left_to_the_head_to_normalise(tiny_suite):
     """What is linearised is the encoder alone."""
     encoder, tasks = tiny_suite
@@ -42,6 +42,7 @@ TINY = {
 }
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "options",
     [

@@ -6,9 +6,8 @@ import pytest
 from mtl_jax import models
 from mtl_jax.models import heads
 
-pytestmark = pytest.mark.fast
 
-
+@pytest.mark.fast
 def test_scaled_cosine_whatever_the_length_of_the_features():
     rng = np.random.default_rng(0)
     f, p = rng.normal(size=(4, 6)), rng.normal(size=(3, 6))
@@ -26,6 +25,7 @@ def test_scaled_cosine_whatever_the_length_of_the_features():
     np.testing.assert_allclose(bf16, want, atol=0.2)
 
 
+@pytest.mark.fast
 def test_the_product_keeps_float32_precision():
     """Accelerators take bfloat16 or TF32 passes unless they are told not to."""
     text = str(jax.make_jaxpr(models.prototype_logits)(jnp.ones((2, 3)), jnp.eye(3)))
@@ -41,6 +41,7 @@ def test_zero_features_give_zero_logits_and_finite_gradients():
     assert jnp.isfinite(grad).all()
 
 
+@pytest.mark.fast
 def test_l2_normalize_gives_unit_rows_in_the_input_dtype():
     x = jnp.array([[3.0, 4.0], [0.0, 0.0]], jnp.bfloat16)
     got = heads.l2_normalize(x)
@@ -48,6 +49,7 @@ def test_l2_normalize_gives_unit_rows_in_the_input_dtype():
     np.testing.assert_allclose(got.astype(jnp.float32), [[0.6, 0.8], [0, 0]], atol=2e-3)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("f", "p", "message"),
     [((2, 3), (4, 5), "3 wide"), ((3,), (4, 3), "wanted features")],

@@ -7,8 +7,6 @@ import pytest
 
 from mtl_jax.transforms import linearize
 
-pytestmark = pytest.mark.fast
-
 
 def scores(params, x):
     return jnp.tanh(x @ params["w"]) @ params["v"]
@@ -73,6 +71,7 @@ def test_zero_where_the_other_coefficient_is_zero(seed):
     assert a_term.max() > 0 and b_term.max() > 0
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("tangent", [False, True])
 def test_exactly_zero_for_a_block_separable_model(tangent):
     def apply_fn(p, x):
@@ -102,6 +101,7 @@ def test_exactly_zero_for_a_block_separable_model(tangent):
     np.testing.assert_array_equal(error, 0)
 
 
+@pytest.mark.fast
 def test_integer_labels_are_taken_as_they_are():
     args = setup(1)
     labels = lambda p, x: jnp.argmax(scores(p, x), -1)  # noqa: E731
@@ -111,6 +111,7 @@ def test_integer_labels_are_taken_as_they_are():
     )
 
 
+@pytest.mark.fast
 def test_bad_arguments_are_named():
     params0, tau_a, tau_b, batches_a, _ = setup(0)
     with pytest.raises(ValueError, match="batches_b holds no examples"):
@@ -125,6 +126,7 @@ def test_bad_arguments_are_named():
         linearize.disentanglement_error(scores, params0, tau_a, tau_b, [], [], 1.0)
 
 
+@pytest.mark.fast
 def test_nonlinear_advantage():
     got = linearize.nonlinear_advantage(np.array([0.9, 0.5]), np.array([0.7, 0.5]), 10)
     np.testing.assert_allclose(got, [0.2 / 0.9, 0])

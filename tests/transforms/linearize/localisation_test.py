@@ -7,8 +7,6 @@ import pytest
 
 from mtl_jax.transforms import linearize
 
-pytestmark = pytest.mark.fast
-
 
 def gram(rng, size):
     a = rng.normal(size=(size, size + 2))
@@ -43,6 +41,7 @@ def test_matches_the_integral_operator(seed, num_tasks):
     np.testing.assert_allclose(got.energy.sum(1), 1, rtol=1e-5)
 
 
+@pytest.mark.fast
 def test_products_keep_float32_precision():
     """Accelerators take bfloat16 or TF32 passes unless they are told not to."""
     found = jax.make_jaxpr(lambda k: linearize.kernel_localisation(k, [1, 2]))
@@ -52,6 +51,7 @@ def test_products_keep_float32_precision():
         assert "precision=(Precision.HIGHEST, Precision.HIGHEST)" in product
 
 
+@pytest.mark.fast
 def test_score_is_one_for_separate_tasks_and_zero_for_identical_ones():
     rng = np.random.default_rng(0)
     block = gram(rng, 3)
@@ -98,6 +98,7 @@ def test_ntk_of_a_block_separable_model():
     assert mixed.score < 0.1
 
 
+@pytest.mark.fast
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match=r"kernel_localisation: .* \[2, 2\]"):
         linearize.kernel_localisation(jnp.eye(3), [2, 2])

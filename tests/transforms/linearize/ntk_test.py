@@ -7,8 +7,6 @@ import pytest
 
 from mtl_jax.transforms import linearize
 
-pytestmark = pytest.mark.fast
-
 
 def model(params, x, y=None):
     h = jnp.tanh(x @ params["a"] + params["shift"][None])
@@ -100,11 +98,13 @@ def test_several_inputs_and_integer_leaves():
     )
 
 
+@pytest.mark.fast
 def test_no_inputs_give_an_empty_kernel():
     params, x, _ = setup()
     assert linearize.empirical_ntk(model, params, x, x[:0]).shape == (4, 0)
 
 
+@pytest.mark.fast
 def test_bad_arguments_are_named():
     params, x, _ = setup()
     with pytest.raises(ValueError, match="empirical_ntk: trace axis 0"):
