@@ -52,9 +52,9 @@ def markdown(config: str, runs: list[dict], environment: dict) -> str:
     seeds = ", ".join(str(found["seed"]) for found in runs)
     seconds = statistics.median(found["seconds"] for found in runs)
     lines = [
-        f"`{config}`, seeds {seeds}; {seconds:.0f} s a seed (median, cached experts "
-        f"included where there were any); {environment['machine']}, "
-        f"jax {environment['jax']}.",
+        f"`{config}`, seeds {seeds}; {seconds:.0f} s a seed (median; what was cached "
+        f"cost nothing); {environment['machine']}, "
+        f"jax {environment['jax']}, {environment['time'][:10]}.",
         "",
         "| method | accuracy % | normalised % |",
         "|:---|---:|---:|",
@@ -65,9 +65,15 @@ def markdown(config: str, runs: list[dict], environment: dict) -> str:
     lines += ["", "| claim | holds | measured, by seed |", "|:---|:---:|:---|"]
     for claim in runs[0]["claims"]:
         held = [found["claims"][claim][1] for found in runs]
-        texts = "; ".join(found["claims"][claim][0] for found in runs)
+        texts = "; ".join(_brief(found["claims"][claim][0]) for found in runs)
         lines.append(f"| {claim} | {sum(held)} of {len(held)} | {texts} |")
     return "\n".join(lines)
+
+
+def _brief(measured: str) -> str:
+    for words in (" normalised accuracy", "target accuracy "):
+        measured = measured.replace(words, "")
+    return measured
 
 
 def main() -> None:
