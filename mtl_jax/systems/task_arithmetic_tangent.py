@@ -1,6 +1,7 @@
 """Task arithmetic in the tangent space: experts that add with less cross-talk."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -199,7 +200,8 @@ def _localisation(study) -> None:
 
     def project(trained, batch):
         features = encoder.features(study.evaluator.whole(trained), batch)
-        return heads.l2_normalize(features) @ signs / config.kernel_probes**0.5
+        unit = heads.l2_normalize(features)
+        return jnp.matmul(unit, signs / config.kernel_probes**0.5, precision="highest")
 
     with study.progress.task("kernel localisation"):
         found = linearize.ntk_localisation(project, study.zoo.base, inputs)
