@@ -334,9 +334,10 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith(
         "mtl_jax"
     ):
-        extra = "tpu" if error.name in _TPU_PACKAGES else "demo"
+        package = str(error.name).partition(".")[0]
+        extra = "tpu" if package in _TPU_PACKAGES else "demo"
         return (
-            f"this needs the package {error.name}; install it with "
+            f"this needs the package {package}; install it with "
             f"pip install 'mtl_jax[{extra}]'",
             2,
         )

@@ -145,6 +145,11 @@ def test_wrong_command_line_is_one_line(capsys, arguments):
             2,
             "pip install 'mtl_jax[tpu]'",
         ),
+        (
+            ModuleNotFoundError("No module named 'rich.console'", name="rich.console"),
+            2,
+            "this needs the package rich; ",
+        ),
         (TypeError("bug"), 1, "internal error: TypeError: bug (see --debug)"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
