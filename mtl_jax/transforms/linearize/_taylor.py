@@ -128,9 +128,10 @@ def taylor1(
 
       f_lin(x; params) = f(x; params0) + J_params f(x; params0) (params - params0)
 
-    One JVP per call, never a Jacobian. At `params == params0` the outputs are those
-    of `apply_fn` bit for bit and the gradient is the ordinary gradient. Composes
-    with `jit`, `vmap`, `grad`, `jax.checkpoint`, scanned layers and sharded inputs.
+    One JVP per call, never a Jacobian. At `params == params0` the operations are those
+    of `apply_fn` and nothing is added, bit for bit where the compiler rounds both
+    programs alike, and the gradient is the ordinary gradient. Composes with `jit`,
+    `vmap`, `grad`, `jax.checkpoint`, scanned layers and sharded inputs.
 
     Args:
       apply_fn: `apply_fn(params, *inputs) -> outputs`, any pytree of arrays; with
