@@ -29,8 +29,8 @@ class Encoder:
     Attributes:
       name: part of the identity of every expert.
       params: all leaves.
-      features: `features(params, batch) -> [B, D]`, from a batch of the data layer; not
-        normalised, which is the head's part.
+      features: `features(params, batch) -> [B, D]`, from a batch of the data layer; the
+        head normalises them.
       prototypes: `prototypes(task, train_rows) -> [C, D]` unit rows: the frozen head.
       head_source: content hash of whatever else the heads are made from.
       max_length: longest text in tokens; None keeps each task's own.

@@ -63,7 +63,7 @@ def vision(names: tuple[str, ...] = VISION, *, steps: int = 150) -> tuple[Part, 
 
 def world(*, hidden: int = 192, tiny: bool = False) -> tuple[Part, Part]:
     """The synthetic zero-shot world: eight tasks, one MLP, seconds."""
-    size = {"hidden": hidden, "seed": 0}
+    size = {"hidden": hidden, "seed": 0, "unit_outputs": True}
     if tiny:
         size |= {"tasks": 3, "hidden": 32, "pretrain_steps": 100, "sizes": (64, 32, 32)}
     adam = {"name": "adam", "peak": 5e-4, "decay": False}

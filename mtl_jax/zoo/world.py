@@ -24,20 +24,24 @@ def world(
     tasks: int = 8,
     seed: int = 0,
     hidden: int = 192,
+    unit_outputs: bool = True,
     pretrain_steps: int = 1500,
     sizes: tuple[int, int, int] = (600, 300, 1000),
     progress: Any,
 ) -> tuple[Encoder, tuple[TaskData, ...]]:
     """Draws a world, pretrains its encoder, and returns both with the target tasks.
 
-    The encoder is an MLP 48-hidden-hidden-32 whose outputs the head normalises; it
-    learns from 40 tasks that resemble the targets but are shifted less, against their
-    frozen heads (Adam, learning rate 1e-3, batch 128, fresh samples in every step).
+    The encoder is an MLP 48-hidden-hidden-32; it learns from 40 tasks that resemble the
+    targets but are shifted less, against their frozen heads (Adam, learning rate 1e-3,
+    batch 128, fresh samples in every step).
 
     Args:
       tasks: T, target tasks.
       seed: everything follows from it.
       hidden: width of both hidden layers.
+      unit_outputs: the encoder ends in a normalisation, as in the definition of the
+        bench; a linearised encoder is then linearised through it. False leaves it to
+        the head alone, as the vision towers of the papers do.
       pretrain_steps: steps of the pretraining.
       sizes: rows of train, validation and test per task.
       progress: a `report.Progress`.
@@ -53,7 +57,8 @@ def world(
     module = models.Mlp(features=(hidden, hidden, bench.world.text.shape[1]))
 
     def features(params, batch):
-        return module.apply({"params": params}, batch["inputs"])
+        found = module.apply({"params": params}, batch["inputs"])
+        return heads.l2_normalize(found) if unit_outputs else found
 
     def init(key):
         return module.init(key, bench.train["inputs"][0, :1])["params"]
@@ -72,7 +77,7 @@ def world(
         raise ValueError(f"world: has no prototypes for the task {task.name!r}")
 
     encoder = Encoder(
-        name=name,
+        name=name if unit_outputs else f"{name}-raw",
         params=params,
         features=features,
         prototypes=prototypes,

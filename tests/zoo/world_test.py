@@ -19,11 +19,13 @@ def test_heads_are_unit_and_rows_are_apart(tiny_suite):
 
 
 @pytest.mark.fast
-def test_features_are_left_to_the_head_to_normalise(tiny_suite):
-    """What is linearised is the encoder alone."""
+def test_the_normalisation_belongs_to_the_encoder_or_to_the_head(tiny_suite, quiet):
     encoder, tasks = tiny_suite
     found = encoder.features(encoder.params, tasks[0].splits["test"])
-    norms = np.linalg.norm(found, axis=1)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, rtol=1e-5)
+    raw, _ = zoo.world(**TINY, unit_outputs=False, progress=quiet)
+    assert raw.name != encoder.name
+    norms = np.linalg.norm(raw.features(raw.params, tasks[0].splits["test"]), axis=1)
     assert norms.std() > 1e-3 * norms.mean()
 
 
