@@ -193,7 +193,11 @@ def _run(args: argparse.Namespace, extra: Sequence[str]) -> int:
 
     host.keep_compiled_programs()
     default = f"runs/{path.stem}-{variant or 'demo'}"
-    with _workdir(args.workdir or default) as workdir, Progress() as progress:
+    with (
+        host.ends_on_sigterm("mtl-jax run"),
+        _workdir(args.workdir or default) as workdir,
+        Progress() as progress,
+    ):
         runner.run(config, workdir=workdir, progress=progress)
     return 0
 

@@ -4,12 +4,16 @@ Only a process of our own may be set up like this: the library leaves the global
 settings of JAX to whoever imports it.
 """
 
+import contextlib
 import importlib.util
 import os
 import pathlib
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 
-__all__ = ["keep_compiled_programs", "use_cpu_if_alone"]
+__all__ = ["ends_on_sigterm", "keep_compiled_programs", "use_cpu_if_alone"]
 
 _ACCELERATORS = (  # Device files, as glob patterns under /dev.
     *("accel[0-9]*", "accel/accel*", "vfio/[0-9]*", "vfio/devices/*"),  # TPU
@@ -51,3 +55,28 @@ def keep_compiled_programs() -> None:
         importlib.util.find_spec("filelock")
     ):
         jax.config.update("jax_compilation_cache_max_size", _MAX_BYTES)
+
+
+@contextlib.contextmanager
+def ends_on_sigterm(name: str) -> Iterator[None]:
+    """SIGTERM unwinds the program, says so in one line, and exits with code 143.
+
+    Trainers that save checkpoints take the signal over while they run.
+
+    Args:
+      name: what is stopped, for the line on standard error.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        del number, frame
+        sys.stderr.write(f"{name}: stopped by SIGTERM; the same command goes on\n")
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 
 import jax
@@ -62,3 +63,17 @@ def test_a_place_the_user_chose_is_left_alone(no_cache):
     host.keep_compiled_programs()
     assert jax.config.jax_compilation_cache_dir == "/somewhere"
     assert jax.config.jax_compilation_cache_max_size == size
+
+
+def test_sigterm_unwinds_and_says_so(capsys):
+    cleaned = []
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as error, host.ends_on_sigterm("a run"):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("the signal was not handled")
+        finally:
+            cleaned.append(True)
+    assert error.value.code == 143 and cleaned
+    assert "a run: stopped by SIGTERM" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
