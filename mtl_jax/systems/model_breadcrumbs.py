@@ -30,10 +30,7 @@ SPEC = SystemSpec(
   archiveprefix = {arXiv}
 }""",
     uses=(
-        "merging.average",
         "merging.breadcrumbs",
-        "merging.task_arithmetic",
-        "merging.ties",
         "merging.unit_axis",
     ),
     deviations=(
@@ -58,22 +55,10 @@ def _crumbs(name, scales, **options) -> zoo.SharedModel:
 def build(config: ConfigDict) -> zoo.PostHoc:
     """The paper's method, its ablations and its baselines; then the growth trend."""
     study = config.study
-    dense, scales = tuple(study.scales), tuple(study.sparse_scales)
+    scales = tuple(study.sparse_scales)
     keep, top = study.density, study.drop_top
     rows = (
-        zoo.zero_shot(),
-        zoo.individual(),
-        zoo.SharedModel(name="average", delta=lambda taus, _: merging.average(taus)),
-        zoo.SharedModel(
-            name="task arithmetic",
-            delta=lambda taus, _: merging.task_arithmetic(taus),
-            scales=dense,
-        ),
-        zoo.SharedModel(
-            name="TIES",
-            delta=lambda taus, _: merging.ties(taus, density=0.2, scope="global"),
-            scales=scales,
-        ),
+        *zoo.baselines(tuple(study.scales), scales),
         _crumbs("breadcrumbs (row)", scales, density=keep, drop_top=top),
         _crumbs("breadcrumbs (leaf)", scales, density=keep, drop_top=top, group="leaf"),
         _crumbs("outliers kept", scales, density=keep, drop_top=0.0),

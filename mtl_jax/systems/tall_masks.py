@@ -29,7 +29,6 @@ SPEC = SystemSpec(
 }""",
     uses=(
         "masking.MaskBank",
-        "merging.average",
         "merging.breadcrumbs",
         "merging.consensus",
         "merging.dare",
@@ -116,20 +115,9 @@ def _ties_sum(taus):
 def build(config: ConfigDict) -> zoo.PostHoc:
     """The paper's comparison, and the packed bank that serves all tasks."""
     scales, knobs = tuple(config.study.scales), tuple(config.study.mask_scales)
+    sparse = tuple(config.study.sparse_scales)
     rows = (
-        zoo.zero_shot(),
-        zoo.individual(),
-        zoo.SharedModel(name="average", delta=lambda taus, _: merging.average(taus)),
-        zoo.SharedModel(
-            name="task arithmetic",
-            delta=lambda taus, _: merging.task_arithmetic(taus),
-            scales=scales,
-        ),
-        zoo.SharedModel(
-            name="TIES",
-            delta=lambda taus, _: merging.ties(taus, density=0.2, scope="global"),
-            scales=tuple(config.study.sparse_scales),
-        ),
+        *zoo.baselines(scales, sparse),
         zoo.SharedModel(
             name="DARE",
             delta=lambda taus, _: merging.dare(
@@ -142,7 +130,7 @@ def build(config: ConfigDict) -> zoo.PostHoc:
             delta=lambda taus, _: merging.breadcrumbs(
                 taus, density=0.15, drop_top=0.01, axis=merging.unit_axis
             ),
-            scales=tuple(config.study.sparse_scales),
+            scales=sparse,
         ),
         _tall("TALL-masks", merging.task_arithmetic, knobs),
         _tall("TALL-masks (TIES)", _ties_sum, knobs),

@@ -14,6 +14,8 @@ from typing import Any
 import chex
 import jax
 
+from mtl_jax.transforms import merging
+
 Chosen = Mapping[str, tuple[float, ...]]
 """What validation chose for the rows before: one scale per model of that row."""
 
@@ -132,6 +134,35 @@ def zero_shot(name: str = "zero-shot", **options: Any) -> SharedModel:
         delta=lambda taus, chosen: task_delta(taus, 0),
         scales=(0.0,),
         **options,
+    )
+
+
+def baselines(
+    scales: tuple[float, ...], sparse_scales: tuple[float, ...]
+) -> tuple[Row, ...]:
+    """What every merging method is compared with.
+
+    Args:
+      scales: grid of task arithmetic.
+      sparse_scales: grid of TIES (density 0.2 over the whole vector, disjoint mean).
+
+    Returns:
+      Zero-shot, fine-tuned, average, task arithmetic and TIES.
+    """
+    return (
+        zero_shot(),
+        individual(),
+        SharedModel(name="average", delta=lambda taus, _: merging.average(taus)),
+        SharedModel(
+            name="task arithmetic",
+            delta=lambda taus, _: merging.task_arithmetic(taus),
+            scales=scales,
+        ),
+        SharedModel(
+            name="TIES",
+            delta=lambda taus, _: merging.ties(taus, density=0.2, scope="global"),
+            scales=sparse_scales,
+        ),
     )
 
 
