@@ -93,18 +93,23 @@ def _advantage(study) -> None:
             caption="(accuracy - accuracy of the linear expert) / (1 - 1 / classes)",
         )
     )
-    plain, linear, posthoc = (
+    plain, linear = (
         float(results[name].normalised.mean())
-        for name in ("addition", "addition (linear)", "addition (post-hoc)")
+        for name in ("addition", "addition (linear)")
     )
     study.claim(
         "Linear task vectors add better than ordinary ones",
         f"{linear:.1%} against {plain:.1%} normalised accuracy",
         linear > plain,
     )
+    # Without normalisation: post-hoc experts are worse than the ordinary ones.
+    plain, posthoc = (
+        float(results[name].accuracy.mean())
+        for name in ("addition", "addition (post-hoc)")
+    )
     study.claim(
         "Linearising ordinary experts afterwards does not beat ordinary addition",
-        f"{posthoc:.1%} against {plain:.1%} normalised accuracy",
+        f"{posthoc:.1%} against {plain:.1%} accuracy",
         posthoc <= plain + 0.01,
     )
 
