@@ -57,9 +57,10 @@ def _tall_bits(num_tasks: int, trained: int, frozen: int) -> int:
 def _tall(name, merge, knobs) -> zoo.TaskModels:
     """Each task's mask over a merged vector, its lambda chosen on validation data."""
 
+    @jax.jit  # Once for all tasks and knobs.
     def delta(state, task, knob):
         taus, merged = state
-        one = zoo.task_delta(taus, slice(task, task + 1))
+        one = jax.tree.map(lambda x: x[task][None], taus)
         mask = merging.tall_masks(one, merged=merged, scale=knob)
         return merging.restore_delta(merged, zoo.task_delta(mask, 0))
 

@@ -124,7 +124,7 @@ def _negation(study) -> None:
         for kind, linear in (("standard", False), ("linear", True)):
             left = []
             for t in targets:
-                one = zoo.task_delta(study.taus[kind], slice(t, t + 1))
+                one = jax.tree.map(lambda x, t=t: x[t : t + 1], study.taus[kind])
                 delta = merging.negate(one)
 
                 def accurate(scale, task, split, delta=delta, linear=linear):

@@ -19,9 +19,9 @@ VISION = ("digits", "mnist5k", "easy_vqa_shape", "easy_vqa_color")
 PAPER_8 = ("cars", "dtd", "eurosat", "gtsrb", "mnist", "resisc45", "svhn", "sun397")
 
 # Strengths to choose from: of plain sums, and of sums or means of few entries.
-SCALES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
+SCALES = (0.2, 0.3, 0.4, 0.5, 0.7)
 FINE_SCALES = tuple(round(0.1 * i, 1) for i in range(1, 11))
-SPARSE_SCALES = (0.3, 0.5, 0.7, 1.0, 1.3, 1.6)
+SPARSE_SCALES = (0.3, 0.5, 0.7, 1.0, 1.4)
 
 Part = dict[str, Any]
 
@@ -32,10 +32,10 @@ def text(names: tuple[str, ...] = TEXT, *, steps: int = 60) -> tuple[Part, Part]
         "name": "minilm",
         "options": {
             "names": names,
-            "max_length": 24,
+            "max_length": 16,
             "train": 1000,
             "validation": 64,
-            "test": 192,
+            "test": 160,
         },
     }
     adamw = {
