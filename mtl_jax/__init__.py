@@ -10,6 +10,7 @@ from typing import Any
 __version__ = "0.1.0.dev0"
 
 _NAMESPACES = {
+    "aggregation": "mtl_jax.transforms.aggregation",
     "catalog": "mtl_jax.catalog",
     "data": "mtl_jax.data",
     "io": "mtl_jax.io",

@@ -1,0 +1,168 @@
+"""Aggregators: task-leading gradients in, one params-shaped update out.
+
+Most methods look at nothing but inner products: a *rule* maps the Gramian of the task
+gradients to one weight per task. The algorithm around it is written here once.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_jax import tree
+
+
+class Weigh(Protocol):
+    """`(gram [T, T] float32, state, **extra) -> (weights [T] float32, new state)`."""
+
+    def __call__(
+        self, gram: chex.Array, state: Any, **extra: Any
+    ) -> tuple[chex.Array, Any]:
+        """See the class."""
+        ...
+
+
+class Rule(NamedTuple):
+    """A method that needs the Gramian only.
+
+    Attributes:
+      init: `() -> state`; what the rule carries from step to step.
+      weigh: `weigh(gram, state, **extra) -> (weights, state)`. `extra` may hold
+        `losses` [T] float32 and `cross_gram` [T, T], the inner products between the
+        task gradients of two batches; a rule takes what it needs and ignores the rest.
+    """
+
+    init: Callable[[], Any]
+    weigh: Weigh
+
+
+class AggregationState(NamedTuple):
+    """State of an aggregator.
+
+    Attributes:
+      method: the method's own state.
+      finite: bool, whether all task gradients of the last update were finite. Nothing
+        is replaced where they were not; the caller decides what to do.
+    """
+
+    method: Any
+    finite: chex.Array
+
+
+class Aggregator(optax.GradientTransformationExtraArgs):
+    """An optax transformation from task trees to params-shaped updates.
+
+    Attributes:
+      rule: the `Rule`, by which engines that never form the [T, P] Jacobian weigh the
+        tasks; None for methods that need the gradients themselves.
+    """
+
+    rule: Rule | None
+
+    def __new__(cls, init: Any, update: Any, rule: Rule | None = None):
+        """As an optax transformation, with the rule beside it."""
+        self = super().__new__(cls, init, update)
+        self.rule = rule
+        return self
+
+
+def from_gradients(
+    name: str,
+    init: Callable[[Any], Any],
+    update: Callable[..., tuple[Any, Any]],
+    *,
+    rule: Rule | None = None,
+) -> Aggregator:
+    """Lifts a function of task gradients to a transformation that heads a chain.
+
+    Args:
+      name: of the public function, for error messages.
+      init: `init(params) -> method state`.
+      update: `update(task_grads, state, **extra) -> (updates, state)`, leaves [T, ...]
+        in and [...] out.
+      rule: see `Aggregator`.
+
+    Returns:
+      An `Aggregator`; its update raises ValueError on leaves that do not lead with one
+      task axis, or that do not fit `params` where those are given.
+    """
+
+    def init_fn(params):
+        return AggregationState(method=init(params), finite=jnp.asarray(True))
+
+    def update_fn(updates, state, params=None, **extra):
+        check_task_grads(name, updates, params)
+        out, method = update(updates, state.method, **extra)
+        return out, AggregationState(method=method, finite=all_finite(updates))
+
+    return Aggregator(init_fn, update_fn, rule)
+
+
+def from_gramian(name: str, rule: Rule) -> Aggregator:
+    """Lifts a weight rule to a transformation that can head an `optax.chain`.
+
+    Args:
+      name: of the public function, for error messages.
+      rule: weights from the Gramian of the task gradients.
+
+    Returns:
+      An `Aggregator` whose updates are `sum_t weights[t] * task_grads[t]`, computed in
+      float32 and cast once.
+    """
+
+    def update(task_grads, state, **extra):
+        weights, state = rule.weigh(tree.gram(task_grads), state, **extra)
+        return tree.combine(task_grads, weights), state
+
+    return from_gradients(name, lambda params: rule.init(), update, rule=rule)
+
+
+def check_task_grads(name: str, task_grads: Any, params: Any = None) -> int:
+    """T of task gradients.
+
+    Args:
+      name: of the public function, for error messages.
+      task_grads: tree with leaves [T, ...].
+      params: tree with leaves [...], or None.
+
+    Raises:
+      ValueError: leaves without one common task axis, or that do not fit `params`.
+    """
+    count = tree.num_tasks(name, task_grads)
+    if params is not None:
+        first = jax.eval_shape(lambda g: jax.tree.map(lambda x: x[0], g), task_grads)
+        tree.check_match(
+            name,
+            params,
+            first,
+            reference_name="params",
+            other_name="one task of updates",
+        )
+    return count
+
+
+def all_finite(task_grads: Any) -> chex.Array:
+    """Whether no leaf holds NaN or infinity: a bool scalar, safe under jit."""
+    # A sum of zeros reads each leaf once and stores nothing; NaN and infinity survive.
+    found = [jnp.sum(x * 0) for x in jax.tree.leaves(task_grads) if tree.is_inexact(x)]
+    return jnp.all(jnp.isfinite(jnp.stack([x.astype(jnp.float32) for x in found])))
+
+
+def gram_of(name: str, gram: Any) -> chex.Array:
+    """A Gramian as float32, refused unless it is a square matrix.
+
+    Raises:
+      ValueError: the shape is not [T, T] with T of 1 or more.
+    """
+    gram = jnp.asarray(gram)
+    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not gram.shape[0]:
+        raise ValueError(f"{name}: gram is {gram.shape}, wanted [T, T]")
+    return gram.astype(tree.wide_dtype(gram.dtype))
+
+
+def stateless(weights: Callable[..., chex.Array]) -> Rule:
+    """The rule of a method whose weights are a function of the Gramian alone."""
+    return Rule(lambda: (), lambda gram, state, **extra: (weights(gram), state))
