@@ -45,7 +45,7 @@ def weights(gram: chex.Array, key: chex.PRNGKey) -> chex.Array:
 
     def project(row, order):
         def visit(c, j):
-            conflict = jnp.minimum(c @ gram[:, j], 0) * (j != row)
+            conflict = jnp.where(j == row, 0, jnp.minimum(c @ gram[:, j], 0))
             return c.at[j].add(-conflict * inverse[j]), None
 
         start = (jnp.arange(count) == row).astype(gram.dtype)
