@@ -85,7 +85,7 @@ def test_rows_see_what_was_chosen_before(study):
         name="knobs",
         prepare=lambda taus, chosen: taus,
         delta=lambda taus, task, knob: merging.task_arithmetic(
-            zoo.task_delta(taus, slice(task, task + 1)), weights=np.array([knob])
+            jax.tree.map(lambda x: x[task : task + 1], taus), weights=np.array([knob])
         ),
         knobs=(0.0, 1.0),
     )
