@@ -225,7 +225,7 @@ def _preflight(args: argparse.Namespace, extra: Sequence[str]) -> int:
 
     result = runner.preflight(config, topology=args.topology, mesh=mesh)
     sys.stdout.write(result.to_text().rstrip() + "\n")
-    return 0 if getattr(result, "fits", True) else 1
+    return 0 if result.passed else 1
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> str:

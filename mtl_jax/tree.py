@@ -94,13 +94,19 @@ def select(tree: Any, *patterns: str) -> Any:
       A tree of Python bools like `tree`.
 
     Raises:
-      ValueError: a pattern finds no leaf.
+      ValueError: a pattern finds no leaf, or is no regular expression.
 
     >>> select({"dense": {"bias": 1, "kernel": 2}}, "kernel$")
     {'dense': {'bias': False, 'kernel': True}}
     """
     names = paths(tree)
     for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"select: {pattern!r} is no regular expression: {error}"
+            ) from error
         if not any(re.search(pattern, name) for name in names):
             shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
             raise ValueError(f"select: {pattern!r} matches no leaf; there are: {shown}")
@@ -184,7 +190,8 @@ def add_scaled(base: Any, delta: Any, scale: Any = 1.0) -> Any:
       Leaves of `base` that are not floating point are returned as they are.
 
     Raises:
-      ValueError: `delta` or `scale` does not fit `base`.
+      ValueError: `delta` or `scale` does not fit `base`, or a concrete scale is NaN
+        or infinite.
 
     >>> float(add_scaled({"w": jnp.ones(())}, {"w": jnp.full((), 2.0)}, 0.5)["w"])
     2.0
@@ -203,6 +210,8 @@ def add_scaled(base: Any, delta: Any, scale: Any = 1.0) -> Any:
             raise ValueError(
                 f"add_scaled: scale of {name!r} is {np.shape(s)}, wanted a scalar"
             )
+        if not isinstance(s, jax.core.Tracer) and not np.all(np.isfinite(s)):
+            raise ValueError(f"add_scaled: scale of {name!r} is {s}, wanted a number")
     return _add_scaled(
         jax.tree.map(jnp.asarray, base),
         jax.tree.map(jnp.asarray, delta),

@@ -19,7 +19,7 @@ def get_config(variant):
 
 
 class Preflight:
-    fits = False
+    passed = False
 
     def to_text(self):
         return "does not fit\n"

@@ -24,6 +24,11 @@ def test_paths_and_select(params):
 
 
 @pytest.mark.fast
+def test_select_refuses_what_is_no_regular_expression(params):
+    with pytest.raises(ValueError, match=r"select: '\(' is no regular expression"):
+        tree.select(params, "(")
+
+
 def test_select_refuses_a_pattern_that_matches_nothing(params):
     with pytest.raises(ValueError, match=r"select: 'head' matches no leaf.*block/bias"):
         tree.select(params, "head")
@@ -118,6 +123,8 @@ def test_add_scaled_takes_one_scale_per_leaf():
     assert moved["a"].tolist() == [2.0, 2.0] and moved["b"].tolist() == [3.0]
     with pytest.raises(ValueError, match="neither a scalar nor a tree"):
         tree.add_scaled(base, delta, {"a": 2.0})
+    with pytest.raises(ValueError, match="scale of 'a' is nan, wanted a number"):
+        tree.add_scaled({"a": jnp.ones(2)}, {"a": jnp.ones(2)}, float("nan"))
     with pytest.raises(ValueError, match=r"scale of 'a' is \(2,\)"):
         tree.add_scaled(base, delta, jnp.ones(2))
 

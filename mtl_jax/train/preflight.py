@@ -34,6 +34,8 @@ _MEMORY = re.compile(
     r"(?P<have2>[\d.]+)(?P<hu2>[KMGT]?)i?B? hbm"
 )
 
+_FAILED = "FAILED"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreflightReport:
@@ -82,6 +84,13 @@ class PreflightReport:
     compile_seconds: float = 0.0
     error: str | None = None
     kernels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the step fits and every kernel compiled."""
+        return self.fits and not any(
+            text.startswith(_FAILED) for text in self.kernels.values()
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -224,7 +233,7 @@ def _compile_kernels(devices: list[Any]) -> dict[str, str]:
             with _without_cache():
                 cases = compile_for(chip)
         except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
-            found[name] = f"FAILED: {str(error).splitlines()[0][:200]}"
+            found[name] = f"{_FAILED}: {str(error).splitlines()[0][:200]}"
             continue
         seconds = time.perf_counter() - start
         found[name] = f"{len(cases)} shapes compiled in {seconds:.1f} s"

@@ -70,7 +70,7 @@ needs_libtpu = pytest.mark.skipif(
 def test_a_small_step_fits(topology):
     report = preflight(TRAINABLE, batch(64), topology=topology)
     devices = {"v5e:1x1": 1, "v5e:2x2": 4}[topology]
-    assert report.fits and report.error is None
+    assert report.fits and report.passed and report.error is None
     assert report.num_devices == devices
     assert report.mesh == {"data": devices, "model": 1}
     assert report.num_params == NUM_PARAMS
@@ -95,7 +95,7 @@ def test_a_small_step_fits(topology):
 @needs_libtpu
 def test_a_step_that_does_not_fit_is_reported_with_both_numbers():
     report = preflight(TRAINABLE, batch(2**24), topology="v5e:1x1")
-    assert not report.fits
+    assert not report.fits and not report.passed
     assert "RESOURCE_EXHAUSTED" in report.error
     assert report.hbm_needed > report.hbm_available
     assert report.hbm_available < 16 * 2**30
@@ -192,6 +192,9 @@ def test_lower_bounds_and_unknown_sizes_show_in_the_text():
     text = report.to_text()
     assert "at least 10" in text and "unknown needed of unknown" in text
     assert dataclasses.replace(report, while_loops=0).to_text().count("at least") == 0
+    fitting = dataclasses.replace(report, fits=True)
+    assert fitting.passed
+    assert not dataclasses.replace(fitting, kernels={"k": "FAILED: no"}).passed
 
 
 @pytest.mark.fast
