@@ -131,6 +131,34 @@ def optimizer(
     return optax.chain(optax.clip_by_global_norm(clip_norm), tx)
 
 
+def over_steps(steps: int, options: Mapping[str, Any]) -> optax.GradientTransformation:
+    """Optimizer from plain data, its schedule laid over the steps of a run.
+
+    Args:
+      steps: of the run.
+      options: `name` and `peak` learning rate; `warmup`, a fraction of the steps with
+        a linear rise (default none); `decay`, whether a cosine to zero follows
+        (default) or a constant; and what else `optimizer` takes.
+
+    Returns:
+      An optax transformation.
+
+    Raises:
+      ValueError: without a name or peak, and as `optimizer` and `schedule`.
+    """
+    rest = dict(options)
+    missing = [name for name in ("name", "peak") if name not in rest]
+    if missing:
+        raise ValueError(f"over_steps: options lack {', '.join(missing)}")
+    peak, warmup_steps = rest.pop("peak"), round(rest.pop("warmup", 0.0) * steps)
+    if rest.pop("decay", True):
+        cosine = {"peak": peak, "steps": steps, "warmup_steps": warmup_steps}
+        rate = ("warmup_cosine", cosine)
+    else:
+        rate = ("constant", {"value": peak, "warmup_steps": warmup_steps})
+    return optimizer(rest.pop("name"), rate, **rest)
+
+
 def _decay_mask(patterns: tuple[str, ...]) -> Callable[[Any], Any]:
     compiled = [re.compile(pattern) for pattern in patterns]
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from etils import epath
 from jax.sharding import Mesh
 
@@ -39,9 +38,7 @@ class Settings:
     Attributes:
       steps: optimizer steps per expert.
       batch_size: examples per step.
-      optimizer: `name` and `peak` learning rate; `warmup`, a fraction of the steps
-        with a linear rise (default none); `decay`, whether a cosine to zero follows
-        (default) or a constant; and what else `train.optim.optimizer` takes.
+      optimizer: what `train.optim.over_steps` takes.
       logit_scale: inverse temperature of the prototype head.
       seed: of data order.
     """
@@ -63,19 +60,6 @@ class Settings:
                 f"Settings: logit_scale wants a positive number, found "
                 f"{self.logit_scale}"
             )
-
-
-def make_optimizer(settings: Settings) -> optax.GradientTransformation:
-    """The optimizer of `settings`, its schedule laid over the expert's steps."""
-    options = dict(settings.optimizer)
-    peak, warmup = options.pop("peak"), options.pop("warmup", 0.0)
-    warmup_steps = round(warmup * settings.steps)
-    if options.pop("decay", True):
-        schedule = {"peak": peak, "steps": settings.steps, "warmup_steps": warmup_steps}
-        rate = ("warmup_cosine", schedule)
-    else:
-        rate = ("constant", {"value": peak, "warmup_steps": warmup_steps})
-    return optim.optimizer(options.pop("name"), rate, **options)
 
 
 def logits_fn(encoder: Encoder, settings: Settings, mode: str):
@@ -129,7 +113,7 @@ def trainable(encoder: Encoder, head: Any, settings: Settings, mode: str):
     return train.Trainable(
         init=init,
         loss_fn=loss_fn,
-        tx=make_optimizer(settings),
+        tx=optim.over_steps(settings.steps, settings.optimizer),
         rules=(("^head/", jax.sharding.PartitionSpec()), *encoder.rules),
         frozen=("^head/", *(("^origin/",) if origin else ()), *encoder.frozen),
     )

@@ -104,3 +104,26 @@ def test_options_that_are_not_finite():
         optim.schedule("linear", peak=float("nan"), steps=4)
     with pytest.raises(ValueError, match="optimizer: b1 wants a finite number"):
         optim.optimizer("adam", 0.1, b1=float("nan"))
+
+
+def first_rates(tx, count):
+    params, rates = {"w": jnp.zeros(())}, []
+    state = tx.init(params)
+    for _ in range(count):
+        updates, state = tx.update({"w": jnp.ones(())}, state, params)
+        rates.append(-float(updates["w"]))
+    return rates
+
+
+def test_over_steps_spreads_the_schedule_over_the_run():
+    options = {"name": "sgd", "peak": 0.5, "warmup": 0.25}
+    with jax.numpy_dtype_promotion("standard"):
+        tx = optim.over_steps(8, options)
+        constant = optim.over_steps(8, {"name": "sgd", "peak": 0.5, "decay": False})
+        rates, steady = first_rates(tx, 8), first_rates(constant, 2)
+    assert rates[:3] == [0, 0.25, 0.5]
+    assert rates[2:] == sorted(rates[2:], reverse=True) and rates[-1] < 0.1
+    assert steady == [0.5, 0.5]
+    assert options == {"name": "sgd", "peak": 0.5, "warmup": 0.25}
+    with pytest.raises(ValueError, match="over_steps: options lack peak"):
+        optim.over_steps(8, {"name": "sgd"})
