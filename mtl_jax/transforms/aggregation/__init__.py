@@ -13,6 +13,22 @@ from mtl_jax.transforms.aggregation._base import (
     from_gradients,
     from_gramian,
 )
+from mtl_jax.transforms.aggregation._engines import (
+    gram_and_pullback,
+    has_transpose,
+    task_gramian,
+    task_rows,
+    task_vjp,
+    unscatter,
+    value_and_combined_grad,
+    value_and_gramian,
+    value_and_scattered_grads,
+    value_and_task_grads,
+)
+from mtl_jax.transforms.aggregation._features import (
+    SplitLoss,
+    value_and_feature_grads,
+)
 from mtl_jax.transforms.aggregation._linear import mean, sum
 from mtl_jax.transforms.aggregation._pcgrad import pcgrad
 
@@ -20,10 +36,22 @@ __all__ = [
     "AggregationState",
     "Aggregator",
     "Rule",
+    "SplitLoss",
     "from_gradients",
     "from_gramian",
+    "gram_and_pullback",
+    "has_transpose",
     "mean",
     "pcgrad",
     "sum",
+    "task_gramian",
+    "task_rows",
+    "task_vjp",
+    "unscatter",
+    "value_and_combined_grad",
+    "value_and_feature_grads",
+    "value_and_gramian",
+    "value_and_scattered_grads",
+    "value_and_task_grads",
     "weights",
 ]
