@@ -24,6 +24,7 @@ _NAMESPACES = {
     "report": "mtl_jax.report",
     "train": "mtl_jax.train",
     "tree": "mtl_jax.tree",
+    "weighting": "mtl_jax.transforms.weighting",
 }
 
 __all__ = ["__version__", *_NAMESPACES]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -1,0 +1,67 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mtl_jax import weighting
+
+pytestmark = pytest.mark.fast
+
+GRADS = {"w": jnp.array([[1.0, 0.0], [0.5, 2.0]])}
+HISTORY = jnp.array([[1.0, 2.0], [0.9, 1.0], [0.8, 0.7], [0.7, 0.6]])
+
+
+def run(tx):
+    state = tx.init(None)
+    update = jax.jit(tx.update)
+    out = []
+    for losses in HISTORY:
+        updates, state = update(GRADS, state, losses=losses)
+        out.append(updates["w"])
+    return np.stack(out), state
+
+
+def manual(method, tx, after):
+    """The same by hand, with the next batch's losses as those after the step."""
+    params, state = method.init(2)
+    opt_state = tx.init(params)
+    out, norms = [], jnp.linalg.norm(GRADS["w"], axis=1)
+    for step, losses in enumerate(HISTORY):
+        w, g = jax.grad(method.loss, (0, 1))(losses, params, state)
+        out.append(w @ GRADS["w"])
+        updates, opt_state = tx.update(g, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        if step + 1 < len(HISTORY):
+            more = {"after": HISTORY[step + 1]} if after else {}
+            state = method.update(state, losses, norms=norms, **more)
+    return np.stack(out)
+
+
+@pytest.mark.parametrize(
+    ("make", "after"),
+    [
+        (weighting.uncertainty, False),
+        (lambda: weighting.dwa(1), False),
+        (weighting.grad_norm, False),
+        (weighting.famo, True),
+        (weighting.random, False),
+    ],
+    ids=["uncertainty", "dwa", "grad_norm", "famo", "random"],
+)
+def test_equals_the_weighting_by_hand(make, after):
+    tx = optax.sgd(0.1)
+    got, state = run(weighting.as_aggregator(make(), 2, tx=tx))
+    np.testing.assert_allclose(got, manual(make(), tx, after), rtol=1e-5)
+    assert bool(state.finite)
+
+
+def test_default_optimizer_learns():
+    _, state = run(weighting.as_aggregator(weighting.uncertainty(), 2))
+    assert (state.method.params["log_variance"] != 0).all()
+
+
+def test_needs_losses():
+    tx = weighting.as_aggregator(weighting.mean(), 2)
+    with pytest.raises(ValueError, match="as_aggregator: the update needs `losses`"):
+        tx.update(GRADS, tx.init(None))
