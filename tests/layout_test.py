@@ -24,7 +24,7 @@ ORDER = (
     {"transforms"},
     {"models", "losses", "metrics", "data"},
     {"train", "io", "report"},
-    {"zoo"},
+    {"zoo", "multitask"},
     {"systems"},
     {"run"},
     {"host", "configs", "cli", "__main__"},

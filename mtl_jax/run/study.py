@@ -12,6 +12,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mtl_jax import io, report, tree
+from mtl_jax.run.claims import add_claims
 from mtl_jax.transforms import merging
 from mtl_jax.zoo import Evaluator, PostHoc, SharedModel, TaskModels, Zoo
 
@@ -343,25 +344,15 @@ def _curves(study: Study) -> None:
         )
 
 
-def _add_claims(study: Study) -> None:
-    """The table of directional claims, those that fail included."""
-    if not study.claims:
-        return
-    study.report.add_table(
-        report.Table(
-            title="What the papers claim, and what was measured here",
-            columns=("claim", "measured", "holds"),
-            rows=tuple(study.claims),
-            caption="One seed of one small suite; RESULTS.md has several.",
-        )
-    )
-
-
 def write(study: Study, workdir: epath.Path) -> None:
     """Adds what every study shows, writes the report, and prints its tables."""
     analyses, study.report.sections = study.report.sections, []
     _add_accuracy(study)
-    _add_claims(study)
+    add_claims(
+        study.report,
+        study.claims,
+        "One seed of one small suite; RESULTS.md has several.",
+    )
     _add_details(study)
     study.report.sections += analyses
     page = study.report.write(workdir / "report")

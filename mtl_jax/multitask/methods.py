@@ -1,0 +1,200 @@
+"""What a multi-task method is to a comparison: how T losses become one update."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import chex
+import jax.numpy as jnp
+import optax
+
+from mtl_jax import train
+from mtl_jax.multitask.problem import Problem
+from mtl_jax.transforms import aggregation
+
+Make = Callable[[Problem, optax.GradientTransformation], train.Trainable]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to train all tasks of a problem.
+
+    Attributes:
+      name: of the method and its settings; unique in a row.
+      make: `make(problem, optimizer) -> Trainable`.
+      about: plain data that tell this method from every other; part of the address of
+        its results.
+      tasks: names of the tasks that it trains; None for all. `make` sees a problem of
+        these only.
+    """
+
+    name: str
+    make: Make
+    about: Mapping[str, Any]
+    tasks: tuple[str, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+      name: unique in the comparison.
+      candidates: where there are several, the one with the best mean relative change
+        against the single tasks on validation data is reported.
+    """
+
+    name: str
+    candidates: tuple[Method, ...]
+
+    def __post_init__(self):
+        if not self.candidates:
+            raise ValueError(f"row {self.name!r}: wants at least one candidate")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contest:
+    """A system that trains, beside what it is measured against.
+
+    Attributes:
+      rows: the lines of the table, in order. Single tasks, equal weights and tuned
+        weights come by themselves, see `baselines`.
+      analyses: `analysis(comparison) -> None`, called in order after the table; each
+        adds its own claims and sections.
+    """
+
+    rows: tuple[Row, ...]
+    analyses: tuple[Callable[[Any], None], ...] = ()
+
+    def __post_init__(self):
+        names = [row.name for row in self.rows]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"Contest: rows wants unique names, found {twice} twice")
+
+
+def _plain(problem: Problem, loss_fn: Any, tx: Any, **options: Any) -> train.Trainable:
+    return train.Trainable(init=problem.init, loss_fn=loss_fn, tx=tx, **options)
+
+
+def scalarised(weights: Sequence[float], name: str = "") -> Method:
+    """Minimises a fixed weighted sum of the losses; one backward pass.
+
+    Args:
+      weights: one per task.
+      name: the weights by default.
+    """
+
+    def make(problem, tx):
+        if len(weights) != len(problem.targets):
+            raise ValueError(
+                f"scalarised: {len(weights)} weights for {len(problem.targets)} tasks"
+            )
+
+        def loss_fn(params, batch, key):
+            found, metrics = problem.loss_fn(params, batch, key)
+            return jnp.sum(jnp.asarray(weights, jnp.float32) * found), metrics
+
+        return _plain(problem, loss_fn, tx)
+
+    text = " ".join(f"{w:g}" for w in weights)
+    return Method(name=name or text, make=make, about={"weights": list(weights)})
+
+
+def aggregated(
+    name: str,
+    aggregator: Callable[..., aggregation.Aggregator],
+    *,
+    grads: str = "auto",
+    **options: Any,
+) -> Method:
+    """Combines the gradients of the shared parameters by an aggregator.
+
+    Args:
+      name: of the row.
+      aggregator: a factory of `mtl_jax.aggregation`.
+      grads: engine, see `train.Trainable`.
+      **options: of the factory.
+    """
+
+    def make(problem, tx):
+        return _plain(
+            problem,
+            problem.loss_fn,
+            tx,
+            aggregator=aggregator(**options),
+            shared=problem.model.shared_paths,
+            grads=grads,
+        )
+
+    about = {"aggregator": aggregator.__name__, "options": options, "grads": grads}
+    return Method(name=name, make=make, about=about)
+
+
+def regularised(
+    name: str,
+    total: Callable[[Problem, chex.ArrayTree, Any, chex.PRNGKey], Any],
+    about: Mapping[str, Any],
+) -> Method:
+    """Minimises one scalar made from the whole problem.
+
+    Args:
+      name: of the row.
+      total: `total(problem, params, batch, key) -> (loss, metrics)`.
+      about: plain data that tell `total` from every other.
+    """
+
+    def make(problem, tx):
+        def loss_fn(params, batch, key):
+            return total(problem, params, batch, key)
+
+        return _plain(problem, loss_fn, tx)
+
+    return Method(name=name, make=make, about=dict(about))
+
+
+def single(task: str) -> Method:
+    """One task alone, with a model of its own."""
+    return dataclasses.replace(scalarised((1.0,)), name=task, tasks=(task,))
+
+
+def simplex(num_tasks: int, steps: int) -> tuple[tuple[float, ...], ...]:
+    """Weights to tune over: interior grid points of the simplex, times T.
+
+    Args:
+      num_tasks: T.
+      steps: parts that the simplex is cut into; above T, or only equal weights are
+        left.
+
+    Returns:
+      Tuples of T positive weights that sum to T.
+
+    >>> simplex(2, 4)
+    ((0.5, 1.5), (1.0, 1.0), (1.5, 0.5))
+    """
+
+    def parts(tasks, left):
+        if tasks == 1:
+            return [(left,)]
+        return [
+            (first, *rest)
+            for first in range(1, left - tasks + 2)
+            for rest in parts(tasks - 1, left - first)
+        ]
+
+    if steps <= num_tasks:
+        return ((1.0,) * num_tasks,)
+    return tuple(
+        tuple(num_tasks * part / steps for part in point)
+        for point in parts(num_tasks, steps)
+    )
+
+
+def baselines(num_tasks: int, steps: int) -> tuple[Row, ...]:
+    """Equal weights, and weights tuned on validation data; see `simplex`."""
+    equal = scalarised((1.0,) * num_tasks)
+    tuned = tuple(scalarised(weights) for weights in simplex(num_tasks, steps))
+    return (
+        Row(name="equal weights", candidates=(equal,)),
+        Row(name="tuned weights", candidates=tuned),
+    )

@@ -1,0 +1,174 @@
+"""Trains one method on one problem with one seed; the result is remembered."""
+
+import dataclasses
+import hashlib
+import json
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from mtl_jax import data, train
+from mtl_jax.data import wheels
+from mtl_jax.multitask.methods import Method
+from mtl_jax.multitask.problem import Problem, take
+from mtl_jax.train import optim
+
+_FORMAT = 1  # Part of every address: raise it when training changes its meaning.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How every method of a comparison is trained.
+
+    Attributes:
+      steps: optimizer steps.
+      batch_size: examples per step.
+      optimizer: what `train.optim.over_steps` takes.
+    """
+
+    steps: int
+    batch_size: int
+    optimizer: Mapping[str, Any]
+
+    def __post_init__(self):
+        for name, found in (("steps", self.steps), ("batch_size", self.batch_size)):
+            if found < 1:
+                raise ValueError(f"Settings: {name} wants at least 1, found {found}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What came of one training.
+
+    Attributes:
+      validation: metric of every task on validation rows.
+      test: the same on test rows.
+      history: metrics of the training, by name: one number per record.
+      step_seconds: median time from step to step, compilation left out.
+      remembered: whether it was read and not trained.
+    """
+
+    validation: Mapping[str, float]
+    test: Mapping[str, float]
+    history: Mapping[str, tuple[float, ...]]
+    step_seconds: float
+    remembered: bool = False
+
+
+class Bench:
+    """Trains methods on a problem; the same question is computed once.
+
+    Args:
+      problem: tasks, rows and model.
+      settings: how all methods are trained.
+      mesh: where; see `train.Trainer`.
+      remember: read and write the file of outcomes.
+      progress: a `report.Progress`.
+      folder: where outcomes are kept; by default inside the package cache.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        settings: Settings,
+        *,
+        mesh: Mesh | None = None,
+        remember: bool = True,
+        progress: Any,
+        folder: Any = None,
+    ):
+        self.problem = problem
+        self.settings = settings
+        self.mesh = mesh
+        self.progress = progress
+        folder = epath.Path(folder or wheels.cache_dir() / "multitask")
+        self._folder = folder if remember else None
+        self._digest = problem.digest()
+
+    def run(self, method: Method, seed: int) -> Outcome:
+        """Trains a method, or reads what came of it before.
+
+        Args:
+          method: what to train.
+          seed: of initial parameters, data order and keys.
+        """
+        path = self._path(method, seed)
+        found = _read(path)
+        if found is None:
+            found = self._train(method, seed)
+            _write(path, found)
+        return found
+
+    def _train(self, method: Method, seed: int) -> Outcome:
+        settings, problem = self.settings, self.problem
+        if method.tasks is not None:
+            problem = take(problem, method.tasks)
+        trainable = method.make(
+            problem, optim.over_steps(settings.steps, settings.optimizer)
+        )
+        batches = data.pipeline(
+            data.ArraySource(problem.splits["train"]),
+            batch_size=settings.batch_size,
+            seed=seed,
+        )
+        clock = []
+        with self.progress.task(f"{method.name}, seed {seed}", settings.steps) as bar:
+
+            def advance(step, steps, metrics):
+                clock.append(time.monotonic())
+                bar(step, steps, metrics)
+
+            result = train.Trainer(trainable, mesh=self.mesh).fit(
+                batches.__getitem__, steps=settings.steps, seed=seed, progress=advance
+            )
+        names = sorted(result.history[-1].keys() - {"step"})
+        return Outcome(
+            validation=problem.evaluate(result.params, "validation"),
+            test=problem.evaluate(result.params, "test"),
+            history={n: tuple(float(r[n]) for r in result.history) for n in names},
+            step_seconds=float(np.median(np.diff(clock))) if len(clock) > 1 else 0.0,
+        )
+
+    def _path(self, method: Method, seed: int) -> epath.Path | None:
+        if self._folder is None:
+            return None
+        about = {
+            "format": _FORMAT,
+            "problem": self._digest,
+            "settings": dataclasses.asdict(self.settings),
+            "method": dict(method.about),
+            "tasks": method.tasks,
+            "seed": seed,
+        }
+        text = json.dumps(about, sort_keys=True, default=_refuse)
+        return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+
+
+def _refuse(value: Any) -> Any:
+    raise ValueError(f"Method.about wants plain data, found {value!r}")
+
+
+def _read(path: epath.Path | None) -> Outcome | None:
+    """What was found before; what is damaged is found again."""
+    if path is None or not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        found["history"] = {k: tuple(v) for k, v in found["history"].items()}
+        return Outcome(**{**found, "remembered": True})
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def _write(path: epath.Path | None, outcome: Outcome) -> None:
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+    partial.write_text(json.dumps(dataclasses.asdict(outcome)))
+    partial.replace(path)

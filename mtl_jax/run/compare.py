@@ -1,0 +1,256 @@
+"""A comparison of training methods: every row trained alike, over seeds."""
+
+import dataclasses
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from mtl_jax import metrics, report
+from mtl_jax.multitask import Bench, Contest, Outcome, Row, baselines, single
+from mtl_jax.run.claims import add_claims
+
+SINGLE = "single tasks"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """What was found for one row.
+
+    Attributes:
+      name: of the row.
+      outcomes: one per seed.
+      chosen: name of the candidate that validation chose, per seed.
+      delta: [S], mean relative change against the single tasks on test data, percent;
+        higher is better.
+    """
+
+    name: str
+    outcomes: tuple[Outcome, ...]
+    chosen: tuple[str, ...]
+    delta: np.ndarray
+
+    def values(self, task: str) -> np.ndarray:
+        """[S] test metric of a task."""
+        return np.array([outcome.test[task] for outcome in self.outcomes])
+
+    def last(self, name: str) -> np.ndarray:
+        """[S] mean of a training metric, second half; NaN where there is none."""
+        curves = [outcome.history.get(name, ()) for outcome in self.outcomes]
+        halves = [curve[len(curve) // 2 :] for curve in curves]
+        return np.array([np.mean(half) if half else np.nan for half in halves])
+
+
+class Comparison:
+    """A bench, seeds, and the results so far; what analyses work on.
+
+    Attributes:
+      bench: trains.
+      config: the whole experiment; what is compared is `config.study`.
+      seeds: of initial parameters and data order.
+      results: row name -> `Result`.
+      report: collects tables and figures.
+      claims: (claim, what was measured, whether it holds).
+      progress: a `report.Progress`.
+    """
+
+    def __init__(
+        self,
+        bench: Bench,
+        config: ConfigDict,
+        document: report.Report,
+        progress: report.Progress,
+    ):
+        self.bench = bench
+        self.problem = bench.problem
+        self.config = config
+        self.seeds = tuple(config.seeds)
+        self.report = document
+        self.progress = progress
+        self.results: dict[str, Result] = {}
+        self.claims: list[tuple[str, str, bool]] = []
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(
+                f"comparison: seeds wants one or more, each once; found {self.seeds}"
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Task names."""
+        return self.problem.task_names
+
+    def run(self, contest: Contest) -> None:
+        """Trains and measures single tasks, baselines and rows, then the analyses."""
+        fixed = baselines(len(self.names), self.config.study.get("tuning_steps", 1))
+        rows = (*fixed, *contest.rows)
+        with self.progress.task("methods", total=1 + len(rows)) as bar:
+            alone = tuple(self._single(seed) for seed in self.seeds)
+            self.results[SINGLE] = Result(
+                name=SINGLE,
+                outcomes=alone,
+                chosen=(SINGLE,) * len(alone),
+                delta=np.zeros(len(alone)),
+            )
+            bar.advance(method=SINGLE)
+            for row in rows:
+                found = self._row(row)
+                self.results[row.name] = found
+                bar.advance(method=row.name, delta=float(np.mean(found.delta)))
+        for analysis in contest.analyses:
+            analysis(self)
+
+    def delta(self, outcome: Outcome, seed: int, split: str = "test") -> float:
+        """Mean relative change against the single tasks of a seed, percent."""
+        reference = self.results[SINGLE].outcomes[self.seeds.index(seed)]
+        found, alone = getattr(outcome, split), getattr(reference, split)
+        return float(
+            metrics.delta_m(
+                [found[name] for name in self.names],
+                [alone[name] for name in self.names],
+                [t.higher_is_better for t in self.problem.targets],
+            )
+        )
+
+    def _single(self, seed: int) -> Outcome:
+        """All tasks alone, as one outcome; the time is that of all of them."""
+        found = [self.bench.run(single(name), seed) for name in self.names]
+        return Outcome(
+            validation={k: v for o in found for k, v in o.validation.items()},
+            test={k: v for o in found for k, v in o.test.items()},
+            history={},
+            step_seconds=sum(o.step_seconds for o in found),
+            remembered=all(o.remembered for o in found),
+        )
+
+    def _row(self, row: Row) -> Result:
+        outcomes, chosen = [], []
+        total = len(self.seeds) * len(row.candidates)
+        with self.progress.task(row.name, total=total) as bar:
+            for seed in self.seeds:
+                tried = []
+                for method in row.candidates:
+                    tried.append(self.bench.run(method, seed))
+                    bar.advance()
+                scores = [self.delta(o, seed, "validation") for o in tried]
+                best = int(np.argmax(scores))
+                outcomes.append(tried[best])
+                chosen.append(row.candidates[best].name)
+        delta = [self.delta(o, s) for o, s in zip(outcomes, self.seeds, strict=True)]
+        return Result(
+            name=row.name,
+            outcomes=tuple(outcomes),
+            chosen=tuple(chosen),
+            delta=np.array(delta),
+        )
+
+    def claim(self, text: str, measured: str, holds: bool) -> None:
+        """Records a directional claim of the paper and what came of it here."""
+        self.claims.append((text, measured, bool(holds)))
+
+    def wins(self, first: str, second: str) -> tuple[int, float]:
+        """(seeds in which a row's delta is at least another's, mean difference)."""
+        gap = self.results[first].delta - self.results[second].delta
+        return int(np.sum(gap >= 0)), float(np.mean(gap))
+
+
+def _mean_and_spread(values: np.ndarray, digits: int) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def _shown(comparison: Comparison, task: str, values: np.ndarray) -> str:
+    """A metric for the table: accuracies in percent."""
+    target = comparison.problem.targets[comparison.names.index(task)]
+    percent = target.metric == "accuracy"
+    return _mean_and_spread(values * 100 if percent else values, 1 if percent else 3)
+
+
+def _add_table(comparison: Comparison) -> None:
+    results = comparison.results
+    equal = results["equal weights"]
+    pace = np.mean([o.step_seconds for o in equal.outcomes])
+    targets = comparison.problem.targets
+    comparison.report.add_table(
+        report.Table(
+            title="Test metrics",
+            columns=(
+                "method",
+                "delta",
+                *(f"{t.name} ({t.metric})" for t in targets),
+                "time per step",
+                "conflicts",
+                "chosen",
+            ),
+            rows=tuple(
+                (
+                    name,
+                    _mean_and_spread(r.delta, 2),
+                    *(_shown(comparison, t.name, r.values(t.name)) for t in targets),
+                    float(np.mean([o.step_seconds for o in r.outcomes]) / pace),
+                    _share(r.last("conflict_rate")),
+                    ", ".join(sorted(set(r.chosen) - {name})),
+                )
+                for name, r in results.items()
+            ),
+            formats={"time per step": ".2f"},
+            caption="Mean and standard deviation over "
+            f"{len(comparison.seeds)} seeds. Delta: mean relative change against the "
+            "single tasks, percent, positive is better. Time per step: relative to "
+            "equal weights, measured beside whatever else the machine did. Conflicts: "
+            "share of task pairs whose gradients point apart, second half of training.",
+        )
+    )
+
+
+def _share(values: np.ndarray) -> str | None:
+    return None if np.isnan(values).any() else f"{np.mean(values):.0%}"
+
+
+def _add_figures(comparison: Comparison) -> None:
+    results, document = comparison.results, comparison.report
+    names = [name for name in results if name != SINGLE]
+    document.add_figure(
+        "Change against single tasks",
+        report.Bars(
+            labels=names,
+            series={"delta": [float(results[n].delta.mean()) for n in names]},
+            errors={"delta": [_spread(results[n].delta) for n in names]},
+            y_label="mean relative change, %",
+        ),
+    )
+    for metric, label in (
+        ("conflict_rate", "share of conflicting task pairs"),
+        ("loss", "training loss"),
+    ):
+        curves = {
+            name: np.mean([o.history[metric] for o in r.outcomes], 0).tolist()
+            for name, r in results.items()
+            if all(metric in o.history for o in r.outcomes)
+        }
+        if curves:
+            length = len(next(iter(curves.values())))
+            steps = np.linspace(0, comparison.bench.settings.steps, length + 1)[1:]
+            document.add_figure(
+                f"{label.capitalize()} over the training",
+                report.Lines(
+                    x=steps.tolist(), series=curves, x_label="step", y_label=label
+                ),
+            )
+
+
+def _spread(values: np.ndarray) -> float:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def write(comparison: Comparison, workdir: epath.Path) -> None:
+    """Adds what every comparison shows, writes the report, and prints its tables."""
+    document = comparison.report
+    analyses, document.sections = document.sections, []
+    _add_table(comparison)
+    add_claims(document, comparison.claims, f"{len(comparison.seeds)} seeds.")
+    _add_figures(comparison)
+    document.sections += analyses
+    page = document.write(workdir / "report")
+    document.print()
+    comparison.progress.log(f"report: {page}")

@@ -1,0 +1,38 @@
+import jax
+import numpy as np
+import optax
+import pytest
+
+from mtl_jax import multitask
+
+pytestmark = pytest.mark.fast
+
+
+def test_simplex_covers_what_it_says():
+    points = multitask.simplex(3, 6)
+    assert len(points) == 10
+    np.testing.assert_allclose(np.sum(points, 1), 3)
+    assert min(map(min, points)) == 0.5 and (1.0, 1.0, 1.0) in [
+        tuple(np.round(p, 6)) for p in points
+    ]
+    assert multitask.simplex(5, 1) == ((1.0,) * 5,)
+
+
+def test_fixed_weights_are_a_weighted_sum(problem):
+    trainable = multitask.scalarised((2.0, 0.0, 0.5)).make(problem, optax.sgd(1.0))
+    params = trainable.init(jax.random.key(0))
+    batch = {name: x[:8] for name, x in problem.splits["train"].items()}
+    each, _ = problem.loss_fn(params, batch, jax.random.key(0))
+    found, _ = trainable.loss_fn(params, batch, jax.random.key(0))
+    np.testing.assert_allclose(found, 2 * each[0] + 0.5 * each[2], rtol=1e-6)
+    with pytest.raises(ValueError, match="2 weights for 3 tasks"):
+        multitask.scalarised((1.0, 1.0)).make(problem, optax.sgd(1.0))
+
+
+def test_rows_and_contests_that_make_no_sense():
+    method = multitask.scalarised((1.0,))
+    row = multitask.Row(name="one", candidates=(method,))
+    with pytest.raises(ValueError, match="row 'none': wants at least one"):
+        multitask.Row(name="none", candidates=())
+    with pytest.raises(ValueError, match=r"unique names, found \['one'\] twice"):
+        multitask.Contest(rows=(row, row))

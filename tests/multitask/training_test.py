@@ -1,0 +1,62 @@
+import dataclasses
+
+import pytest
+
+from mtl_jax import multitask
+
+SETTINGS = multitask.Settings(
+    steps=12, batch_size=16, optimizer={"name": "adam", "peak": 1e-2}
+)
+EQUAL = multitask.scalarised((1.0, 1.0, 1.0), name="equal")
+
+
+def bench(problem, tmp_path, quiet, **options):
+    return multitask.Bench(
+        problem, SETTINGS, progress=quiet, folder=tmp_path, **options
+    )
+
+
+def test_training_learns_and_is_remembered(problem, tmp_path, quiet):
+    first = bench(problem, tmp_path, quiet).run(EQUAL, 0)
+    assert not first.remembered and set(first.test) == set(problem.task_names)
+    assert first.history["loss"][-1] < first.history["loss"][0]
+    again = bench(problem, tmp_path, quiet).run(EQUAL, 0)
+    assert again == dataclasses.replace(first, remembered=True)
+    fresh = bench(problem, tmp_path, quiet, remember=False).run(EQUAL, 0)
+    assert not fresh.remembered and fresh.test == first.test
+
+
+def test_every_part_of_the_question_counts(problem, tmp_path, quiet):
+    one = bench(problem, tmp_path, quiet)
+    longer = multitask.Bench(
+        problem,
+        dataclasses.replace(SETTINGS, steps=13),
+        progress=quiet,
+        folder=tmp_path,
+    )
+    one.run(EQUAL, 0)
+    assert not one.run(EQUAL, 1).remembered
+    assert not one.run(multitask.scalarised((1.0, 1.0, 2.0)), 0).remembered
+    assert not longer.run(EQUAL, 0).remembered
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_damaged_file_is_made_again(problem, tmp_path, quiet):
+    one = bench(problem, tmp_path, quiet)
+    found = one.run(EQUAL, 0)
+    (file,) = tmp_path.iterdir()
+    for text in ("", "{", "[]", '{"test": {}}'):
+        file.write_text(text)
+        again = one.run(EQUAL, 0)
+        assert not again.remembered and again.test == found.test
+
+
+def test_one_task_alone_has_a_model_of_its_own(problem, tmp_path, quiet):
+    found = bench(problem, tmp_path, quiet).run(multitask.single("sum"), 0)
+    assert set(found.test) == {"sum"}
+
+
+@pytest.mark.fast
+def test_settings_that_make_no_sense():
+    with pytest.raises(ValueError, match="steps wants at least 1, found 0"):
+        dataclasses.replace(SETTINGS, steps=0)
