@@ -3,8 +3,11 @@
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _DEPENDENT = 4e-6  # squared sine of an angle that float32 inner products cannot tell
+_FLAT = 1e-6  # a slope that rounding explains
+_FEW = 32  # tasks up to which one tableau per row is cheaper than sweeps
 _SWEEPS = 12
 _CG_STEPS = 200
 
@@ -45,6 +48,152 @@ def project_simplex(vector: chex.Array, total: float = 1.0) -> chex.Array:
     vector = vector - jnp.max(vector)
     excess = jnp.cumsum(-jnp.sort(-vector)) - total
     return jnp.maximum(vector - jnp.max(excess / ranks), 0)
+
+
+def nonnegative_path(
+    matrix: chex.Array,
+    offset: chex.Array,
+    slope: chex.Array,
+    *,
+    end: float = 0.0,
+    radius: chex.Array | None = None,
+) -> chex.Array:
+    r"""Follows the minimisers of a quadratic over x >= 0 as one number falls.
+
+      x(mu) = argmin_{x >= 0} 1/2 x^T A x + (q + mu r)^T x
+
+    starts at zero for large mu and is linear between events at which one entry becomes
+    positive or returns to zero. Each event is one principal pivot, a rank-one update of
+    a [T, T + 2] table: finite, exact but for rounding.
+
+    Args:
+      matrix: A, [T, T], positive semi-definite with ones (or zeros) on the diagonal.
+      offset: q, [T].
+      slope: r, [T], positive.
+      end: value of mu at which to stop.
+      radius: stop earlier, where `x^T A x` reaches its square.
+
+    Returns:
+      x, [T]. Where x would run off to infinity the path stops before it does.
+
+    **Follows**: Cottle, Pang, Stone 1992, "The Linear Complementarity Problem", 4.5
+      (parametric principal pivoting).
+
+    >>> a = jnp.array([[1.0, 0.5], [0.5, 1.0]])
+    >>> nonnegative_path(a, jnp.array([-1.0, -2.0]), jnp.ones(2)).tolist()
+    [0.0, 2.0]
+    """
+    count = offset.shape[0]
+    rows, columns = jnp.arange(count), jnp.arange(count + 2)
+
+    def events(table, mu, positive):
+        """The next entry to change, and how far mu falls before it and at most."""
+        heights = jnp.maximum(table[:, count] + mu * table[:, count + 1], 0)
+        slopes = table[:, count + 1]
+        falls = slopes > _FLAT
+        waits = jnp.where(falls, heights / jnp.where(falls, slopes, 1), jnp.inf)
+        room = mu - end
+        if radius is not None:
+            x = jnp.where(positive, heights, 0)
+            room = jnp.minimum(room, _reach(x, mu, positive, slopes))
+        return jnp.argmin(waits), jnp.min(waits), room
+
+    def _reach(x, mu, positive, slopes):
+        """Fall of mu that brings x, moving against `slopes`, to the radius."""
+        square = jnp.sum(x * -(offset + mu * slope))
+        cross = jnp.maximum(jnp.sum(x * slope), 0)
+        speed = jnp.maximum(jnp.sum(jnp.where(positive, -slopes, 0) * slope), 0)
+        left = jnp.maximum(radius * radius - square, 0)
+        rate = cross + jnp.sqrt(cross * cross + speed * left)
+        return jnp.where(rate > 0, left / jnp.where(rate > 0, rate, 1), jnp.inf)
+
+    def step(carry):
+        table, mu, positive, _, steps = carry
+        k, wait, room = events(table, mu, positive)
+        pivot = table[k, k]
+        done = (room <= wait) | (~positive[k] & (pivot < _DEPENDENT))
+        fall = jnp.minimum(room, wait)
+        mu = mu - jnp.where(jnp.isfinite(fall), fall, 0)
+        pivot = jnp.where(done, 1, pivot)
+        row, column = table[k] / pivot, table[:, k]
+        here, there = (rows == k)[:, None], (columns == k)[None, :]
+        swapped = jnp.where(here, -row[None, :], table - column[:, None] * row[None, :])
+        turned = jnp.where(here, 1 / pivot, column[:, None] / pivot)
+        table = jnp.where(done, table, jnp.where(there, turned, swapped))
+        positive = jnp.where(done, positive, positive ^ (rows == k))
+        return table, mu, positive, done, steps + 1
+
+    def going(carry):
+        return ~carry[3] & (carry[4] < 4 * count + 8)
+
+    table = jnp.concatenate([matrix, offset[:, None], slope[:, None]], 1)
+    mu = jnp.maximum(jnp.max(-offset / slope), end)
+    start = table, mu, jnp.zeros(count, bool), jnp.zeros((), bool), 0
+    table, mu, positive, _, _ = jax.lax.while_loop(going, step, start)
+    heights = table[:, count] + mu * table[:, count + 1]
+    return jnp.where(positive, jnp.maximum(heights, 0), 0)
+
+
+def spread_slope(like: chex.Array) -> chex.Array:
+    """Numbers just above one, all different, so that events come one by one."""
+    turns = np.arange(like.shape[0]) * 0.6180339887498949 % 1
+    return jnp.asarray(1 + turns / 16, like.dtype)
+
+
+def min_norm_point(gram: chex.Array) -> chex.Array:
+    r"""The convex combination of the tasks' gradients that is shortest.
+
+      min_w w^T G w   such that   w >= 0, sum w = 1
+
+    is, up to length, `min_{x >= 0} x^T G x + (sum x - 1)^2`.
+
+    Args:
+      gram: G, [T, T].
+
+    Returns:
+      [T]; the tasks without a gradient share all the weight where there are any.
+
+    >>> [round(x, 3) for x in min_norm_point(jnp.diag(jnp.array([1.0, 4.0]))).tolist()]
+    [0.8, 0.2]
+    """
+    cosines, inverse = unit_diagonal(gram)
+    still = inverse == 0
+    pull = inverse / jnp.maximum(jnp.max(inverse), _tiny(gram))
+    # A task without a gradient is kept out of the table by a diagonal of one.
+    matrix = (
+        cosines + pull[:, None] * pull[None, :] + jnp.diag(still.astype(gram.dtype))
+    )
+    x = nonnegative_path(matrix, -pull, spread_slope(pull)) * pull
+    moving = x / jnp.maximum(jnp.sum(x), _tiny(gram))
+    shared = still / jnp.maximum(jnp.sum(still.astype(gram.dtype)), 1)
+    return jnp.where(jnp.any(still), shared.astype(gram.dtype), moving)
+
+
+def quadratic_above(matrix: chex.Array, lower: chex.Array) -> chex.Array:
+    r"""Minimises many quadratics of one matrix above lower bounds.
+
+      min_v 1/2 v^T A v   such that   v >= l,   one v for each row l of `lower`
+
+    Args:
+      matrix: A, [T, T], positive definite.
+      lower: [N, T].
+
+    Returns:
+      [N, T]. By `nonnegative_path` where N is one or T is small, by
+      `lower_bounded_qp` otherwise.
+
+    >>> a = jnp.array([[1.0, -0.5], [-0.5, 1.0]])
+    >>> quadratic_above(a, jnp.eye(2)).tolist()
+    [[1.0, 0.5], [0.5, 1.0]]
+    """
+    if lower.shape[0] > 1 and lower.shape[1] > _FEW:
+        return lower_bounded_qp(matrix, lower)
+    cosines, inverse = unit_diagonal(matrix)
+    slope = spread_slope(inverse)
+    offsets = (lower @ matrix) * inverse
+    sizes = jnp.maximum(jnp.max(jnp.abs(offsets), 1, keepdims=True), _tiny(lower))
+    follow = jax.vmap(lambda q: nonnegative_path(cosines, q, slope))
+    return lower + follow(offsets / sizes) * sizes * inverse
 
 
 def lower_bounded_qp(matrix: chex.Array, lower: chex.Array) -> chex.Array:
@@ -134,7 +283,9 @@ def _bounded_cg(matrix, lower, start, settled):
         direction = jnp.where(proportional, direction, pinned)
         image = direction @ matrix
         curvature = row_sum(direction * image)
-        inverse = jnp.where(curvature > 0, 1 / jnp.where(curvature > 0, curvature, 1), 0)
+        inverse = jnp.where(
+            curvature > 0, 1 / jnp.where(curvature > 0, curvature, 1), 0
+        )
         wanted = row_sum(gradient * direction) * inverse
         falls = direction > 0
         room = (point - lower) / jnp.where(falls, direction, 1)
