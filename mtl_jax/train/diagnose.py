@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax import tree as mtl_tree
+from mtl_jax.train.objective import objective, task_objective
 from mtl_jax.train.state import TrainState, merge
-from mtl_jax.train.step import objective
 from mtl_jax.train.trainable import Trainable
 
 
@@ -17,8 +17,9 @@ class NonFiniteError(ValueError):
     """A loss or gradient was not finite; the message names where.
 
     Attributes:
-      report: plain data: the step, its metrics, and the names of the leaves of
-        batch, params and gradient that hold a value that is not finite.
+      report: plain data: the step, its metrics, the names of the leaves of batch,
+        params and gradient that hold a value that is not finite, and those of the
+        tasks whose loss or its derivative is not.
     """
 
     def __init__(self, message: str, report: dict[str, Any]):
@@ -51,7 +52,10 @@ def nonfinite_error(
 
     def gradient(params, frozen, batch):
         def loss(params):
-            return objective(trainable.loss_fn, params, frozen, batch, key)[0]
+            if trainable.aggregator is None:
+                return objective(trainable.loss_fn, params, frozen, batch, key)[0]
+            losses = task_objective(trainable.loss_fn, params, frozen, batch, key)[0]
+            return jnp.sum(losses)
 
         return _flags(jax.grad(loss)(params))
 
@@ -62,9 +66,12 @@ def nonfinite_error(
         "batch": _named(jax.jit(_flags)(batch)),
         "params": _named(jax.jit(_flags)(merge(state.params, state.frozen))),
         "gradient": _named(grads),
+        "tasks": _bad_tasks(trainable, state, batch, key),
     }
     bad = sorted(name for name, value in metrics.items() if not np.isfinite(value))
     parts = [f"metric {name!r} is {metrics[name]}" for name in bad]
+    if report["tasks"]:
+        parts.append("not finite for task: " + ", ".join(map(repr, report["tasks"])))
     for kind in ("batch", "params", "gradient"):
         if report[kind]:
             shown = ", ".join(repr(name) for name in report[kind][:4])
@@ -77,6 +84,37 @@ def nonfinite_error(
         _dump(workdir, report, batch)
         message += f"; see {workdir / 'nonfinite.json'}"
     return NonFiniteError(message, report)
+
+
+def _bad_tasks(
+    trainable: Trainable, state: TrainState, batch: Any, key: Any
+) -> list[str]:
+    """Tasks whose loss, or its derivative, is not finite.
+
+    In the backward pass, the infinite slope of one task times the zero cotangent of
+    another is NaN for both; a derivative along one direction keeps tasks apart.
+    """
+    if trainable.aggregator is None:
+        return []
+
+    def losses(params, frozen, batch):
+        return task_objective(trainable.loss_fn, params, frozen, batch, key)[0]
+
+    def both(params, frozen, batch):
+        return jax.jvp(
+            lambda p: losses(p, frozen, batch),
+            (params,),
+            (jax.tree.map(jnp.ones_like, params),),
+        )
+
+    args = (state.params, state.frozen, batch)
+    try:
+        found = jax.jit(both)(*args)
+    except TypeError:  # An operation without a forward mode.
+        found = (jax.jit(losses)(*args),)
+    good = np.all([np.isfinite(jax.device_get(x)) for x in found], 0)
+    names = trainable.task_names or [str(t) for t in range(len(good))]
+    return [name for name, ok in zip(names, good, strict=True) if not ok]
 
 
 def _dump(workdir: Any, report: dict[str, Any], batch: Any) -> None:

@@ -15,6 +15,18 @@ from mtl_jax.train import sharding
 from mtl_jax.train.trainable import Trainable
 
 
+class PerTaskState(NamedTuple):
+    """Optimizer state of a trainable with an aggregator.
+
+    Attributes:
+      aggregator: state of the aggregator, of the shared leaves.
+      tx: state of the optimizer, of all trained leaves.
+    """
+
+    aggregator: Any
+    tx: Any
+
+
 class TrainState(NamedTuple):
     """Everything a run needs to go on, and all that a checkpoint holds of it.
 
@@ -22,7 +34,8 @@ class TrainState(NamedTuple):
       step: int32 [], optimizer steps done.
       params: trained leaves; None where a leaf is frozen.
       frozen: frozen leaves; None where a leaf is trained.
-      opt_state: optimizer state of the trained leaves.
+      opt_state: optimizer state of the trained leaves; a `PerTaskState` where the
+        trainable has an aggregator.
       ema: float32 running average of the trained leaves, or None.
       key: typed PRNG key of the run; step n draws from `fold_in(key, n)`.
       finite: bool [], False from the first step on whose loss or gradient was not
@@ -79,8 +92,32 @@ def split(params: chex.ArrayTree, frozen: Sequence[str]) -> tuple[Any, Any]:
     )
 
 
+def split_shared(params: Any, shared: Sequence[str]) -> tuple[Any, Any]:
+    """Splits trained leaves into (shared, others), with None in the other's places.
+
+    Args:
+      params: trained leaves, None where a leaf is frozen.
+      shared: regexes; a leaf whose path one of them is found in is shared.
+
+    Raises:
+      ValueError: when a regex matches no trained leaf.
+    """
+    names = mtl_tree.paths(params)
+    for pattern in shared:
+        if not any(re.search(pattern, name) for name in names):
+            raise ValueError(
+                f"split_shared: shared pattern {pattern!r} matches none of the "
+                f"{len(names)} trained leaves, such as {names[:3]}"
+            )
+    hits = mtl_tree.select(params, *shared)
+    return (
+        jax.tree.map(lambda x, hit: x if hit else None, params, hits),
+        jax.tree.map(lambda x, hit: None if hit else x, params, hits),
+    )
+
+
 def merge(params: Any, frozen: Any) -> chex.ArrayTree:
-    """Inverse of `split`."""
+    """Inverse of `split` and of `split_shared`."""
     return jax.tree.map(
         lambda a, b: b if a is None else a, params, frozen, is_leaf=lambda x: x is None
     )
@@ -102,6 +139,11 @@ def init_state(
         )
     with lenient_promotion():
         opt_state = trainable.tx.init(trained)
+        if trainable.aggregator is not None:
+            shared, _ = split_shared(trained, trainable.shared)
+            opt_state = PerTaskState(
+                aggregator=trainable.aggregator.init(shared), tx=opt_state
+            )
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=trained,

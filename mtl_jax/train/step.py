@@ -7,15 +7,14 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from mtl_jax import tree as mtl_tree
-from mtl_jax.train import sharding
-from mtl_jax.train.state import TrainState, lenient_promotion, merge
+from mtl_jax.train.accumulate import mean_over_microbatches
+from mtl_jax.train.objective import Metrics, objective
+from mtl_jax.train.per_task import PerTaskGradients
+from mtl_jax.train.state import PerTaskState, TrainState, lenient_promotion
 from mtl_jax.train.trainable import LossFn, Trainable
-
-Metrics = dict[str, chex.Array]
-RESERVED = ("loss", "grad_norm", "finite", "step", "time")
 
 
 def make_step(
@@ -39,9 +38,14 @@ def make_step(
 
     Returns:
       `step(state, batch) -> (state, metrics)`, metrics being float32 scalars `loss`,
-      `grad_norm`, those of the loss function, and a bool `finite`.
+      `grad_norm`, those of the loss function, and a bool `finite`; with an aggregator
+      also `loss_<task>`, `weight_<task>` where the method has weights, `min_cosine`
+      and `conflict_rate`.
     """
     tx = optax.with_extra_args_support(trainable.tx)
+    per_task = None
+    if trainable.aggregator is not None:
+        per_task = PerTaskGradients(trainable, mesh, accumulate)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         # Models place their activations by the mesh in context.
@@ -50,16 +54,22 @@ def make_step(
 
     def sharded_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        loss, metrics, grads = _gradients(
-            trainable.loss_fn, state, batch, key, mesh, accumulate
-        )
+        found, opt_state = None, state.opt_state
+        if per_task is None:
+            loss, metrics, grads = _gradients(
+                trainable.loss_fn, state, batch, key, mesh, accumulate
+            )
+        else:
+            found, opt_state = per_task(state, batch, key), opt_state.tx
+            loss, metrics, grads = found.loss, found.metrics, found.grads
         norm = _global_norm(grads)
         finite = state.finite & jnp.isfinite(loss) & jnp.isfinite(norm)
         with lenient_promotion():
-            updates, opt_state = tx.update(
-                grads, state.opt_state, state.params, value=loss
-            )
+            updates, opt_state = tx.update(grads, opt_state, state.params, value=loss)
             params = optax.apply_updates(state.params, updates)
+        if found is not None:
+            finite = finite & found.finite
+            opt_state = PerTaskState(aggregator=found.aggregator, tx=opt_state)
         new = state._replace(
             step=state.step + 1,
             params=params,
@@ -78,33 +88,6 @@ def make_step(
     return step
 
 
-def objective(
-    loss_fn: LossFn, params: Any, frozen: Any, batch: Any, key: chex.PRNGKey
-) -> tuple[chex.Array, Metrics]:
-    """Loss and metrics in float32 as a function of the trained leaves alone."""
-    out = loss_fn(merge(params, frozen), batch, key)
-    if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], dict)):
-        raise ValueError(
-            "train step: loss_fn wants to return (loss, dict of metrics), "
-            f"found {type(out).__name__}"
-        )
-    loss, metrics = out
-    for name, value in {"loss": loss, **metrics}.items():
-        if jnp.shape(value) != ():
-            raise ValueError(
-                f"train step: {name!r} of loss_fn wants to be a scalar, "
-                f"found shape {jnp.shape(value)}"
-            )
-    taken = sorted(set(metrics) & set(RESERVED))
-    if taken:
-        raise ValueError(
-            f"train step: metric names {taken} of loss_fn are taken by the trainer"
-        )
-    return jnp.asarray(loss, jnp.float32), {
-        name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()
-    }
-
-
 def _gradients(
     loss_fn: LossFn,
     state: TrainState,
@@ -119,34 +102,10 @@ def _gradients(
 
         return jax.value_and_grad(loss, has_aux=True)(state.params)
 
-    if accumulate == 1:
-        (loss, metrics), grads = value_and_grad(batch, key)
-        return loss, metrics, grads
-
-    def body(total, each):
-        index, rows = each
-        micro = jax.tree.map(lambda x, r: x if r is None else r, batch, rows)
-        out, grads = value_and_grad(micro, jax.random.fold_in(key, index))
-        return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads), out
-
-    zeros = jax.tree.map(
-        lambda p: jnp.zeros(p.shape, mtl_tree.wide_dtype(p.dtype)), state.params
+    (loss, metrics), grads = mean_over_microbatches(
+        value_and_grad, batch, key, mesh, accumulate
     )
-    rows = jax.tree.map(lambda x: _microbatches(x, mesh, accumulate), batch)
-    total, (losses, metrics) = jax.lax.scan(body, zeros, (jnp.arange(accumulate), rows))
-    grads = jax.tree.map(
-        lambda t, p: (t / accumulate).astype(p.dtype), total, state.params
-    )
-    return jnp.mean(losses), jax.tree.map(jnp.mean, metrics), grads
-
-
-def _microbatches(x: chex.Array, mesh: Mesh, accumulate: int) -> chex.Array | None:
-    """[B, ...] -> [A, B/A, ...], no example leaving its device; None for scalars."""
-    if not x.ndim:
-        return None
-    x = jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1)
-    spec = PartitionSpec(None, sharding.DATA)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    return loss, metrics, grads
 
 
 def _global_norm(tree: Any) -> chex.Array:

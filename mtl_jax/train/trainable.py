@@ -8,26 +8,45 @@ import chex
 import optax
 from jax.sharding import PartitionSpec
 
+from mtl_jax.transforms.aggregation import SplitLoss
+
 LossFn = Callable[
     [chex.ArrayTree, Any, chex.PRNGKey], tuple[chex.Array, dict[str, chex.Array]]
 ]
 Rules = tuple[tuple[str, PartitionSpec], ...]
+
+ENGINES = ("auto", "map", "vmap", "gramian", "features")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trainable:
     """Parameters, a loss and an optimizer.
 
+    With an `aggregator`, `loss_fn` returns one loss per task instead of one loss; the
+    aggregator makes one gradient of theirs, which `tx` then sees. Metrics get
+    `loss_<task>` and, where the method has them, `weight_<task>`; `loss` is the sum.
+
     Attributes:
       init: `init(key) -> params`; traceable. Weights that were loaded from a file go
         to `Trainer.fit(params=...)` instead, where they are not baked into a program.
       loss_fn: `loss_fn(params, batch, key) -> (loss, metrics)`; a scalar that is a mean
-        over the examples of the batch, and a dict of scalars.
+        over the examples of the batch ([T] such means with an aggregator), and a dict
+        of scalars.
       tx: optax transformation; sees the trained leaves only (frozen ones are None).
       rules: ordered (regex, PartitionSpec) pairs on leaf paths; the first one found in
         a path wins, and together they must cover every leaf.
       frozen: regexes on leaf paths; these leaves get no gradient, no optimizer state
         and no update.
+      aggregator: transformation of task gradients, see `mtl_jax.aggregation`; None
+        for a scalar loss.
+      shared: regexes on leaf paths: what the aggregator acts on. Other leaves, such
+        as those of heads, get the plain sum of the task gradients.
+      grads: how task gradients are had. "map": one after another. "vmap": all at once.
+        "gramian": never formed; for methods that need inner products only. "auto":
+        "gramian" where method and model allow it, else "map". "features": the
+        aggregator acts on the gradients at the shared representation of a
+        `aggregation.SplitLoss`, for the price of one backward pass.
+      task_names: names for the metrics; the numbers from 0 by default.
     """
 
     init: Callable[[chex.PRNGKey], chex.ArrayTree]
@@ -35,6 +54,10 @@ class Trainable:
     tx: optax.GradientTransformation
     rules: Rules = ((".*", PartitionSpec()),)
     frozen: tuple[str, ...] = ()
+    aggregator: optax.GradientTransformation | None = None
+    shared: tuple[str, ...] = (".*",)
+    grads: str = "auto"
+    task_names: tuple[str, ...] | None = None
 
     def __post_init__(self):
         for name in ("init", "loss_fn"):
@@ -42,8 +65,60 @@ class Trainable:
                 raise ValueError(
                     f"Trainable: {name} wants a callable, found {getattr(self, name)!r}"
                 )
-        if isinstance(self.frozen, str):
+        for name, kind in (
+            ("frozen", "regexes"),
+            ("shared", "regexes"),
+            ("task_names", "names"),
+        ):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(
+                    f"Trainable: {name} wants a tuple of {kind}, "
+                    f"found the string {getattr(self, name)!r}"
+                )
+        if self.aggregator is None:
+            self._check_plain()
+        else:
+            self._check_per_task()
+
+    def _check_plain(self):
+        fields = {f.name: f.default for f in dataclasses.fields(self)}
+        for name in ("shared", "grads", "task_names"):
+            if getattr(self, name) != fields[name]:
+                raise ValueError(
+                    f"Trainable: {name}={getattr(self, name)!r} wants an aggregator"
+                )
+
+    def _check_per_task(self):
+        if not hasattr(self.aggregator, "update"):
             raise ValueError(
-                "Trainable: frozen wants a tuple of regexes, "
-                f"found the string {self.frozen!r}"
+                "Trainable: aggregator wants a gradient transformation such as "
+                f"aggregation.pcgrad(), found {self.aggregator!r}"
+            )
+        if self.grads not in ENGINES:
+            raise ValueError(
+                f"Trainable: grads is {self.grads!r}, wanted one of "
+                + ", ".join(ENGINES)
+            )
+        if not self.shared:
+            raise ValueError("Trainable: shared is empty, wanted at least one regex")
+        if self.grads == "gramian" and getattr(self.aggregator, "rule", None) is None:
+            raise ValueError(
+                "Trainable: grads='gramian' wants an aggregator with a rule; this one "
+                "needs the task gradients themselves, use 'map' or 'vmap'"
+            )
+        if self.grads == "features":
+            if not isinstance(self.loss_fn, SplitLoss):
+                raise ValueError(
+                    "Trainable: grads='features' wants loss_fn to be an "
+                    "aggregation.SplitLoss, which names the shared representation"
+                )
+            if self.shared != (".*",):
+                raise ValueError(
+                    "Trainable: grads='features' takes no shared: what the encoder "
+                    "uses is shared"
+                )
+        names = self.task_names
+        if names is not None and (not names or len(set(names)) < len(names)):
+            raise ValueError(
+                f"Trainable: task_names wants unique names, found {names!r}"
             )

@@ -1,0 +1,423 @@
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mtl_jax import aggregation, train, tree
+from mtl_jax.train import conflicts
+
+T = 3
+ENGINES = ("map", "vmap", "gramian", "auto")
+
+
+def init(key):
+    first, second, third = jax.random.split(key, 3)
+    return {
+        "trunk": {
+            "kernel": jax.random.normal(first, (4, 8)),
+            "bias": jnp.zeros(8),
+            "fixed": jnp.ones(4),
+        },
+        "heads": {
+            "kernel": jax.random.normal(second, (T, 8)),
+            "bias": jax.random.normal(third, (T,)),
+        },
+    }
+
+
+def encode(params, batch, key):
+    del key
+    trunk = params["trunk"]
+    x = batch["x"] * trunk["fixed"][None]
+    return jnp.tanh(x @ trunk["kernel"] + trunk["bias"][None])
+
+
+def heads(params, copies, batch, key):
+    del key
+    found = jnp.einsum("tbd,td->bt", copies, params["heads"]["kernel"])
+    error = found + params["heads"]["bias"][None] - batch["y"]
+    return jnp.mean(error**2, 0), {"mae": jnp.mean(jnp.abs(error))}
+
+
+LOSS = aggregation.SplitLoss(encode=encode, heads=heads, num_tasks=T)
+
+
+def noisy(params, batch, key):
+    x = batch["x"] + 0.1 * jax.random.normal(key, batch["x"].shape)
+    return LOSS(params, batch | {"x": x}, key)
+
+
+def summed(params, batch, key):
+    losses, metrics = LOSS(params, batch, key)
+    return losses.sum(), metrics
+
+
+def batch(step, size=16):
+    rng = np.random.default_rng(step)
+    return {
+        "x": rng.normal(size=(size, 4)).astype(np.float32),
+        "y": rng.normal(size=(size, T)).astype(np.float32),
+    }
+
+
+def trainable(**changes):
+    options = {
+        "init": init,
+        "loss_fn": LOSS,
+        "tx": optax.adamw(1e-2),
+        "frozen": ("fixed",),
+        "aggregator": aggregation.pcgrad(seed=2),
+        "shared": ("^trunk",),
+        "task_names": ("a", "b", "c"),
+    }
+    return train.Trainable(**(options | changes))
+
+
+def without_rule():
+    """The mean of the task gradients, as a method that needs them."""
+    return aggregation.from_gradients(
+        "mean",
+        lambda params: jax.tree.map(lambda p: jnp.zeros((T, *p.shape)), params),
+        lambda grads, state, **extra: (
+            tree.combine(grads, extra["losses"] * 0 + 1 / T),
+            jax.tree.map(lambda s, g: s + g, state, grads),
+        ),
+    )
+
+
+@pytest.fixture
+def fit(one_device):
+    def run(steps=5, data=batch, trainer=None, **changes):
+        options = {k: changes.pop(k) for k in ("accumulate",) if k in changes}
+        trainer = trainer or train.Trainer(
+            trainable(**changes), mesh=one_device, **options
+        )
+        return trainer.fit(data, steps=steps, log_every=1)
+
+    return run
+
+
+def close(a, b, **tolerance):
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} | tolerance
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+@pytest.mark.parametrize("engine", [*ENGINES, "features"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_sum_is_ordinary_training(fit, engine, accumulate):
+    if engine == "features" and accumulate > 1:
+        pytest.skip("refused, see below")
+    plain = train.Trainable(
+        init=init, loss_fn=summed, tx=optax.adamw(1e-2), frozen=("fixed",)
+    )
+    want = train.Trainer(plain, accumulate=accumulate, mesh=one(fit)).fit(
+        batch, steps=4, log_every=1
+    )
+    changes = {} if engine != "features" else {"shared": (".*",)}
+    found = fit(
+        4,
+        aggregator=aggregation.sum(),
+        grads=engine,
+        accumulate=accumulate,
+        **changes,
+    )
+    close(found.params, want.params)
+    for record, wanted in zip(found.history, want.history, strict=True):
+        for name in ("loss", "grad_norm", "mae"):
+            assert record[name] == pytest.approx(wanted[name], rel=1e-4)
+        assert record["loss"] == pytest.approx(
+            sum(record[f"loss_{name}"] for name in "abc"), rel=1e-5
+        )
+
+
+def one(_):
+    return train.make_mesh(devices=jax.devices()[:1])
+
+
+def by_hand(steps, aggregator, tx):
+    """Shared leaves by the aggregator, heads by the sum; written without a trainer."""
+    run_key = jax.random.split(jax.random.key(0))
+    params = init(run_key[0])
+    state, opt = aggregator.init(params["trunk"]), tx.init(params)
+    for step in range(steps):
+
+        def losses(trunk, head, step=step):
+            return LOSS({"trunk": trunk, "heads": head}, batch(step), None)[0]
+
+        rows = jax.jacrev(losses)(params["trunk"], params["heads"])
+        rows["fixed"] = jnp.zeros_like(rows["fixed"])
+        heads_grad = jax.grad(lambda h, f=losses, p=params: f(p["trunk"], h).sum())(
+            params["heads"]
+        )
+        trunk, state = aggregator.update(rows, state)
+        update, opt = tx.update({"trunk": trunk, "heads": heads_grad}, opt)
+        params = optax.apply_updates(params, update)
+    return params
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("method", ["pcgrad", "mean"])
+def test_engines_give_the_steps_written_by_hand(fit, engine, method):
+    make = {
+        "pcgrad": lambda: aggregation.pcgrad(seed=2),
+        "mean": aggregation.mean,
+    }[method]
+    found = fit(5, aggregator=make(), grads=engine, tx=optax.sgd(0.05))
+    close(found.params, by_hand(5, make(), optax.sgd(0.05)))
+
+
+def test_methods_that_need_the_gradients(fit):
+    want = fit(4, aggregator=aggregation.mean())
+    for engine in ("auto", "map", "vmap"):
+        found = fit(4, aggregator=without_rule(), grads=engine)
+        close(found.params, want.params)
+        assert not any(name.startswith("weight") for name in found.history[0])
+        assert found.history[0]["min_cosine"] == pytest.approx(
+            want.history[0]["min_cosine"], abs=1e-4
+        )
+        kept = found.state.opt_state.aggregator.method
+        assert kept["trunk"]["kernel"].shape == (T, 4, 8)
+        assert kept["heads"] == {"kernel": None, "bias": None}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_accumulation_is_the_whole_batch(fit, engine):
+    want = fit(4, grads=engine)
+    found = fit(4, grads=engine, accumulate=4)
+    close(found.params, want.params)
+    close(found.history[-1]["weight_b"], want.history[-1]["weight_b"])
+
+
+def test_engines_draw_the_same_noise_on_microbatches(fit):
+    runs = [fit(2, loss_fn=noisy, grads=e, accumulate=2) for e in ("map", "gramian")]
+    close(runs[0].params, runs[1].params)
+    assert fit(2, loss_fn=noisy).history != runs[0].history
+
+
+def test_metrics_are_those_of_the_gramian(fit):
+    found = fit(1, grads="gramian")
+    params = init(jax.random.split(jax.random.key(0))[0])
+    rows = jax.jacrev(
+        lambda k: LOSS(
+            params | {"trunk": params["trunk"] | {"kernel": k["k"], "bias": k["b"]}},
+            batch(0),
+            None,
+        )[0]
+    )({"k": params["trunk"]["kernel"], "b": params["trunk"]["bias"]})
+    flat = np.concatenate([np.reshape(x, (T, -1)) for x in jax.tree.leaves(rows)], 1)
+    unit = flat / np.linalg.norm(flat, axis=1, keepdims=True)
+    pairs = (unit @ unit.T)[np.triu_indices(T, 1)]
+    record = found.history[0]
+    assert record["min_cosine"] == pytest.approx(pairs.min(), abs=1e-5)
+    assert record["conflict_rate"] == pytest.approx(np.mean(pairs < 0))
+    wanted = {"step", "loss", "grad_norm", "mae", "min_cosine", "conflict_rate"}
+    named = {f"{kind}_{name}" for kind in ("loss", "weight") for name in "abc"}
+    assert set(record) == wanted | named
+    assert min(record[f"weight_{name}"] for name in "abc") >= 1
+    numbered = fit(1, task_names=None).history[0]
+    assert numbered["loss_2"] == pytest.approx(record["loss_c"], rel=1e-5)
+
+
+@pytest.mark.fast
+def test_conflicts_of_known_gradients():
+    grads = jnp.array([[1.0, 0.0], [-1e-18, 0.0], [0.0, 1e18], [0.0, 0.0]])
+    gram = grads @ grads.T
+    found = conflicts.conflict_metrics(gram)
+    assert found["min_cosine"] == -1 and found["conflict_rate"] == pytest.approx(1 / 6)
+    assert np.array_equal(np.diag(conflicts.cosines(gram)), np.ones(4))
+    alone = conflicts.conflict_metrics(gram[:1, :1])
+    assert alone == {"min_cosine": 1, "conflict_rate": 0}
+
+
+def test_no_rows_of_the_heads_and_one_backward_of_theirs(one_device):
+    """Products: trunk forward 1, backward 1 a row; the heads' kernel once."""
+
+    def flops(**changes):
+        trainer = train.Trainer(trainable(**changes), mesh=one_device)
+        text = trainer.compiled_step.lower(trainer.abstract_state, batch(0))
+        return text.compile().as_text()
+
+    for engine in ("map", "vmap"):
+        text = flops(grads=engine, aggregator=aggregation.mean())
+        assert f"f32[{T},4,8]" in text
+        assert f"f32[{T},{T},8]" not in text
+    assert f"f32[{T},4,8]" not in flops(grads="gramian")
+
+
+@pytest.mark.parametrize("make", [lambda: aggregation.pcgrad(seed=5), without_rule])
+def test_resume_is_exact(one_device, tmp_path, equal, make):
+    trainer = train.Trainer(trainable(aggregator=make()), mesh=one_device)
+    straight = trainer.fit(batch, steps=6)
+    trainer.fit(batch, steps=3, workdir=tmp_path)
+    resumed = trainer.fit(batch, steps=6, workdir=tmp_path)
+    equal(straight.state, resumed.state)
+    assert jax.tree.leaves(resumed.state.opt_state.aggregator.method)
+
+
+def test_another_aggregator_is_another_run(one_device, tmp_path):
+    train.Trainer(trainable(), mesh=one_device).fit(batch, steps=1, workdir=tmp_path)
+    plain = train.Trainer(
+        train.Trainable(init=init, loss_fn=summed, tx=optax.adamw(1e-2)),
+        mesh=one_device,
+    )
+    with pytest.raises(ValueError, match="holds another run"):
+        plain.fit(batch, steps=2, workdir=tmp_path)
+
+
+def two_tasks(slope_of_second):
+    def loss(params, batch, key):
+        w = params["w"]
+        return jnp.stack([jnp.mean(batch["x"] * w), slope_of_second(w)]), {}
+
+    return types.SimpleNamespace(
+        init=lambda key: {"w": jnp.zeros(())},
+        loss_fn=loss,
+        frozen=(),
+        shared=(".*",),
+        task_names=("good", "bad"),
+    ).__dict__
+
+
+@pytest.mark.parametrize("engine", ["map", "gramian"])
+@pytest.mark.parametrize(
+    "second", [lambda w: jnp.log(w - 1), lambda w: jnp.sqrt(w)], ids=["loss", "slope"]
+)
+def test_the_task_that_is_not_finite_is_named(
+    fit, tmp_path, one_device, engine, second
+):
+    trainer = train.Trainer(
+        trainable(**two_tasks(second), grads=engine), mesh=one_device
+    )
+    before = trainer.init_state()
+    with pytest.raises(train.NonFiniteError, match="not finite for task: 'bad'") as e:
+        trainer.fit(batch, steps=3, workdir=tmp_path)
+    assert e.value.report["tasks"] == ["bad"]
+    assert json.loads((tmp_path / "nonfinite.json").read_text())["tasks"] == ["bad"]
+    state, metrics = trainer.step(trainer.init_state(), batch(0))
+    assert not bool(metrics["finite"]) and int(state.step) == 0
+    np.testing.assert_array_equal(state.params["w"], before.params["w"])
+
+
+def test_a_method_that_hides_what_is_not_finite_does_not_hide_it(fit):
+    """Task gradients count, whatever the aggregator makes of them."""
+    zero = aggregation.from_gradients(
+        "zero",
+        lambda params: (),
+        lambda grads, state, **extra: (jax.tree.map(lambda g: g[0] * 0, grads), state),
+    )
+    bad = two_tasks(lambda w: jnp.sqrt(w))
+    bad["loss_fn"] = lambda p, b, k: (jnp.stack([p["w"], jnp.sqrt(p["w"])]), {})
+    with pytest.raises(train.NonFiniteError, match="'bad'"):
+        fit(1, aggregator=zero, **bad)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_one_task(fit, engine):
+    def alone(params, batch, key):
+        losses, metrics = LOSS(params, batch, key)
+        return losses[:1], metrics
+
+    found = fit(3, loss_fn=alone, task_names=None, grads=engine)
+    assert found.history[0]["weight_0"] == 1
+    assert found.history[0]["min_cosine"] == 1
+    assert found.history[0]["conflict_rate"] == 0
+
+
+def test_auto_falls_back_where_the_backward_pass_has_no_transpose(fit):
+    @jax.custom_vjp
+    def op(x):
+        return x
+
+    def backward(_, g):
+        shape = jax.ShapeDtypeStruct(g.shape, g.dtype)
+        return (jax.pure_callback(np.asarray, shape, g),)
+
+    op.defvjp(lambda x: (x, None), backward)
+
+    def loss(params, batch, key):
+        return LOSS(params, batch | {"y": batch["y"]}, key)
+
+    def through_host(params, batch, key):
+        trunk = params["trunk"] | {"kernel": op(params["trunk"]["kernel"])}
+        return loss(params | {"trunk": trunk}, batch, key)
+
+    close(fit(2, loss_fn=through_host).params, fit(2).params)
+    with pytest.raises(ValueError, match="grads='gramian' wants a backward pass"):
+        fit(1, loss_fn=through_host, grads="gramian")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss_fn": summed}, r"want to be \[T\], one per task, found shape \(\)"),
+        ({"loss_fn": lambda p, b, k: LOSS(p, b, k)[0]}, r"\(losses \[T\], dict of"),
+        ({"task_names": ("a", "b")}, "returned 3 losses, there are 2 task_names: a, b"),
+        ({"shared": ("^trunk", "nowhere")}, "'nowhere' matches none of the 4 trained"),
+        ({"shared": ("fixed",)}, "'fixed' matches none of the 4 trained leaves"),
+        (
+            {"loss_fn": lambda p, b, k: (LOSS(p, b, k)[0], {"loss_a": 1.0})},
+            r"\['loss_a'\] of loss_fn are taken",
+        ),
+    ],
+)
+def test_bad_loss_functions_and_patterns(fit, changes, message):
+    with pytest.raises(ValueError, match=message):
+        fit(1, **changes)
+
+
+def test_a_number_of_tasks_that_changes_is_refused(fit):
+    def loss(params, batch, key):
+        losses, metrics = LOSS(params, batch | {"y": batch["y"][:, :T]}, key)
+        return losses[: batch["y"].shape[1] - 1], metrics
+
+    def data(step):
+        rows = batch(step)
+        y = np.concatenate([rows["y"], rows["y"]], 1)[:, : T + 1 - step]
+        return rows | {"y": y}
+
+    with pytest.raises(ValueError, match="returned 2 losses, before 3: T must not"):
+        fit(2, data=data, loss_fn=loss, task_names=None)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"aggregator": None}, r"shared=\('\^trunk',\) wants an aggregator"),
+        ({"aggregator": aggregation.pcgrad}, "aggregator wants a gradient transf"),
+        ({"grads": "jacobian"}, "grads is 'jacobian', wanted one of auto, map"),
+        ({"shared": ()}, "shared is empty"),
+        ({"shared": "trunk"}, "shared wants a tuple of regexes, found the string"),
+        ({"task_names": ("a", "a")}, "task_names wants unique names"),
+        ({"task_names": "abc"}, "task_names wants a tuple of names"),
+        ({"grads": "features"}, "takes no shared"),
+        ({"grads": "features", "loss_fn": summed}, "wants loss_fn to be an aggreg"),
+        (
+            {"grads": "gramian", "aggregator": without_rule()},
+            "wants an aggregator with a rule",
+        ),
+    ],
+)
+def test_trainables_that_cannot_be(changes, message):
+    with pytest.raises(ValueError, match="Trainable: .*" + message):
+        trainable(**changes)
+
+
+def test_features_want_whole_batches(one_device):
+    with pytest.raises(ValueError, match="whole batch, found accumulate=2"):
+        train.Trainer(
+            trainable(grads="features", shared=(".*",)), mesh=one_device, accumulate=2
+        )
+
+
+def test_features_act_on_the_encoder_alone(fit):
+    found = fit(3, grads="features", shared=(".*",))
+    assert {"weight_a", "min_cosine", "loss_c"} <= set(found.history[0])
+    exact = fit(3)
+    first, second = found.history[0], exact.history[0]
+    assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
+    assert first["min_cosine"] != pytest.approx(second["min_cosine"], abs=1e-3)
