@@ -11,6 +11,7 @@ __version__ = "0.1.0.dev0"
 
 _NAMESPACES = {
     "aggregation": "mtl_jax.transforms.aggregation",
+    "bilevel": "mtl_jax.transforms.bilevel",
     "catalog": "mtl_jax.catalog",
     "data": "mtl_jax.data",
     "io": "mtl_jax.io",

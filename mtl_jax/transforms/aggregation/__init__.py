@@ -47,6 +47,17 @@ from mtl_jax.transforms.aggregation._features import (
     SplitLoss,
     value_and_feature_grads,
 )
+from mtl_jax.transforms.aggregation._flat import (
+    FlatState,
+    flat_mtl,
+    sam_perturbation,
+)
+from mtl_jax.transforms.aggregation._flat_grads import (
+    FlatGradients,
+    FlatTaskGrads,
+    flat_task_grads,
+    value_and_flat_grads,
+)
 from mtl_jax.transforms.aggregation._grad_drop import grad_drop
 from mtl_jax.transforms.aggregation._grad_vac import GradVacState, grad_vac
 from mtl_jax.transforms.aggregation._imtl_g import imtl_g
@@ -68,6 +79,9 @@ __all__ = [
     "AverageState",
     "DbMtlState",
     "ExcessMtlState",
+    "FlatGradients",
+    "FlatState",
+    "FlatTaskGrads",
     "GradVacState",
     "MoCoState",
     "NashState",
@@ -85,6 +99,8 @@ __all__ = [
     "every_k",
     "excess_mtl",
     "fair_grad",
+    "flat_mtl",
+    "flat_task_grads",
     "from_gradients",
     "from_gramian",
     "grad_drop",
@@ -103,6 +119,7 @@ __all__ = [
     "per_group",
     "per_leaf",
     "random",
+    "sam_perturbation",
     "sdm_grad",
     "sum",
     "task_gramian",
@@ -113,6 +130,7 @@ __all__ = [
     "upgrad",
     "value_and_combined_grad",
     "value_and_feature_grads",
+    "value_and_flat_grads",
     "value_and_gramian",
     "value_and_scattered_grads",
     "value_and_task_grads",
