@@ -4,8 +4,15 @@
 into the `apply_fn(params, *inputs)` that every transform takes.
 """
 
-from mtl_jax.models import heads, layers
-from mtl_jax.models.backbones import Bert, Mlp, ViT
+from mtl_jax.models import heads, layers, multitask
+from mtl_jax.models.backbones import (
+    Bert,
+    ConvStage,
+    Mlp,
+    SentenceEncoder,
+    SmallConv,
+    ViT,
+)
 from mtl_jax.models.functional import functional
 from mtl_jax.models.heads import Classifier, mean_pool, prototype_logits
 from mtl_jax.models.layers import stack_layers, unstack_layers
@@ -14,13 +21,17 @@ from mtl_jax.models.registry import build, names, sharding_rules
 __all__ = [
     "Bert",
     "Classifier",
+    "ConvStage",
     "Mlp",
+    "SentenceEncoder",
+    "SmallConv",
     "ViT",
     "build",
     "functional",
     "heads",
     "layers",
     "mean_pool",
+    "multitask",
     "names",
     "prototype_logits",
     "sharding_rules",

@@ -7,9 +7,11 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from mtl_jax.models.backbones import bert, mlp, vit
+from mtl_jax.models import multitask
+from mtl_jax.models.backbones import bert, mlp, small_conv, vit
 from mtl_jax.models.backbones.bert import Bert
 from mtl_jax.models.backbones.mlp import Mlp
+from mtl_jax.models.backbones.small_conv import SmallConv
 from mtl_jax.models.backbones.vit import CLIP_OPTIONS, SIZES, ViT
 from mtl_jax.models.heads import classifier
 from mtl_jax.models.layers.sharding import Rules
@@ -22,6 +24,7 @@ _MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
         {"width": 768, "depth": 12, "num_heads": 12, "mlp_dim": 3072},
     ),
     "minilm-l6": (Bert, {}),
+    "small-conv": (SmallConv, {}),
     "vit": (ViT, {}),
     "vit-ti/16": (ViT, {"patch_size": 16, **SIZES["ti"]}),
     "vit-s/16": (ViT, {"patch_size": 16, **SIZES["s"]}),
@@ -46,6 +49,7 @@ _MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 _RULES: dict[type[nn.Module], Rules] = {
     Bert: bert.SHARDING_RULES,
     Mlp: mlp.SHARDING_RULES,
+    SmallConv: small_conv.SHARDING_RULES,
     ViT: vit.SHARDING_RULES,
     classifier.Classifier: classifier.SHARDING_RULES,
 }
@@ -68,12 +72,18 @@ def sharding_rules(*modules: nn.Module) -> Rules:
     2
     """
     for module in modules:
-        if type(module) not in _RULES:
+        if _rules_of(module) is None:
             known = ", ".join(sorted(cls.__name__ for cls in _RULES))
             raise ValueError(
                 f"sharding_rules: none for {type(module).__name__}, known: {known}"
             )
-    return tuple(rule for module in modules for rule in _RULES[type(module)])
+    return tuple(rule for module in modules for rule in _rules_of(module) or ())
+
+
+def _rules_of(module: nn.Module) -> Rules | None:
+    if isinstance(module, multitask.MultiTaskModule):
+        return multitask.SHARDING_RULES
+    return _RULES.get(type(module))
 
 
 def names() -> list[str]:

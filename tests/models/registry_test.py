@@ -10,6 +10,8 @@ def test_every_name_builds_abstractly(name):
     module = models.build(name, **({"features": [4]} if name == "mlp" else {}))
     if isinstance(module, models.Bert):
         example = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    elif isinstance(module, models.SmallConv):
+        example = jax.ShapeDtypeStruct((1, 12, 12, 1), jnp.float32)
     elif isinstance(module, models.ViT):
         example = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     else:

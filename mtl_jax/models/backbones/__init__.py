@@ -2,6 +2,8 @@
 
 from mtl_jax.models.backbones.bert import Bert
 from mtl_jax.models.backbones.mlp import Mlp
+from mtl_jax.models.backbones.sentence import SentenceEncoder
+from mtl_jax.models.backbones.small_conv import ConvStage, SmallConv
 from mtl_jax.models.backbones.vit import ViT
 
-__all__ = ["Bert", "Mlp", "ViT"]
+__all__ = ["Bert", "ConvStage", "Mlp", "SentenceEncoder", "SmallConv", "ViT"]
