@@ -30,11 +30,9 @@ from mtl_jax.transforms.aggregation._cr_mogm import AverageState, cr_mogm
 from mtl_jax.transforms.aggregation._db_mtl import DbMtlState, db_mtl
 from mtl_jax.transforms.aggregation._dual_proj import dual_proj
 from mtl_jax.transforms.aggregation._engines import (
-    gram_and_pullback,
     has_transpose,
     task_gramian,
     task_rows,
-    task_vjp,
     unscatter,
     value_and_combined_grad,
     value_and_gramian,
@@ -105,7 +103,6 @@ __all__ = [
     "from_gramian",
     "grad_drop",
     "grad_vac",
-    "gram_and_pullback",
     "has_transpose",
     "imtl_g",
     "krum",
@@ -124,7 +121,6 @@ __all__ = [
     "sum",
     "task_gramian",
     "task_rows",
-    "task_vjp",
     "trimmed_mean",
     "unscatter",
     "upgrad",

@@ -80,6 +80,11 @@ def value_and_gramian(
     Raises:
       ValueError: as `value_and_task_grads`; and engine "gramian" where the backward
         pass holds an operation that has no transpose.
+
+    >>> fn = value_and_gramian(lambda w, x: x @ w)
+    >>> _, gram, pullback = fn(jnp.ones(2), jnp.array([[1.0, 2.0], [3.0, 4.0]]))
+    >>> gram.tolist(), pullback(jnp.array([1.0, -1.0])).tolist()
+    ([[5.0, 11.0], [11.0, 25.0]], [-2.0, -2.0])
     """
     name = "value_and_gramian"
     check_engine(name, engine, GRAMS)
@@ -117,7 +122,9 @@ def value_and_combined_grad(
     Raises:
       ValueError: as `value_and_gramian`.
 
-    >>> fn = value_and_combined_grad(lambda w, x: x @ w, lambda gram: 1 / jnp.diag(gram))
+    >>> def inverse_squares(gram):
+    ...     return 1 / jnp.diag(gram)
+    >>> fn = value_and_combined_grad(lambda w, x: x @ w, inverse_squares)
     >>> fn(jnp.ones(2), jnp.array([[1.0, 0.0], [0.0, 2.0]]))[1].tolist()
     [1.0, 0.5]
     """
@@ -156,6 +163,16 @@ def value_and_scattered_grads(
       averaged over the axis; leaves of slices [T, ceil(n / D)], this device's part of
       the averaged rows, flattened and padded with zeros to D equal parts.
       `unscatter(slices, params)` outside of `shard_map` gives the leaves their shapes.
+
+    >>> mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
+    >>> fn = jax.shard_map(
+    ...     value_and_scattered_grads(lambda w, x: jnp.mean(x * w, 0), "data"),
+    ...     mesh=mesh,
+    ...     in_specs=(jax.P(), jax.P("data")),
+    ...     out_specs=(jax.P(), jax.P(None, "data")),
+    ... )
+    >>> jax.jit(fn)(jnp.ones((1, 2)), jnp.array([[1.0, 2.0], [3.0, 4.0]]))[1].tolist()
+    [[2.0, 0.0], [0.0, 3.0]]
     """
     name = "value_and_scattered_grads"
     check_engine(name, engine, ROWS)
@@ -222,7 +239,7 @@ def task_vjp(
                 f"{fn_name}: loss_fn wants to return (losses [T], aux), "
                 f"found {type(out).__name__}"
             )
-        losses, aux = out if has_aux else (out, None)
+        losses, aux = (out[0], out[1]) if has_aux else (out, None)
         check_losses(fn_name, losses)
         return losses.astype(tree.wide_dtype(losses.dtype)), aux
 
@@ -241,6 +258,10 @@ def task_rows(pullback: Pullback, losses: chex.Array, *, engine: str = "map") ->
       pullback: linear, [T] -> tree.
       losses: [T]; gives T, dtype and placement.
       engine: "map", "vmap" or "auto" (map).
+
+    >>> losses, pullback = jax.vjp(lambda w: 2 * w, jnp.ones(2))
+    >>> task_rows(lambda e: pullback(e)[0], losses).tolist()
+    [[2.0, 0.0], [0.0, 2.0]]
     """
     if engine == "vmap":
         return jax.vmap(pullback)(_basis(losses))
@@ -255,6 +276,10 @@ def task_gramian(pullback: Pullback, losses: chex.Array) -> chex.Array:
     Args:
       pullback: structurally linear, [T] -> tree: see `has_transpose`.
       losses: [T]; gives T, dtype and placement.
+
+    >>> losses, pullback = jax.vjp(lambda w: 2 * w, jnp.ones(2))
+    >>> task_gramian(lambda e: pullback(e)[0], losses).tolist()
+    [[4.0, 0.0], [0.0, 4.0]]
     """
     transposed = jax.linear_transpose(pullback, losses)
     rows = jax.lax.map(lambda e: transposed(pullback(e))[0], _basis(losses))
@@ -268,6 +293,11 @@ def has_transpose(pullback: Pullback, losses: chex.Array) -> bool:
     One that has none is part of the backward rule of a `jax.custom_vjp`: a call to the
     host, a loop of unknown length, a kernel without a rule of its own, or something
     that is not linear, such as clipping.
+
+    >>> has_transpose(lambda e: 2 * e, jnp.ones(2))
+    True
+    >>> has_transpose(lambda e: jnp.clip(e, -1, 1), jnp.ones(2))
+    False
     """
     jax.eval_shape(pullback, losses)  # An error of the model itself is not ours.
     try:

@@ -73,6 +73,16 @@ def value_and_feature_grads(
 
     **Follows**: Sener & Koltun 2018, "Multi-Task Learning as Multi-Objective
       Optimization", section 3.3.
+
+    >>> loss = SplitLoss(
+    ...     encode=lambda params, x: x * params["scale"],
+    ...     heads=lambda params, copies, x: copies @ params["head"],
+    ...     num_tasks=2,
+    ... )
+    >>> params = {"scale": jnp.ones(2), "head": jnp.array([1.0, 3.0])}
+    >>> _, grads, pullback = value_and_feature_grads(loss)(params, jnp.ones(2))
+    >>> grads.tolist(), pullback(jnp.array([0.5, 0.0]))["scale"].tolist()
+    ([[1.0, 3.0], [1.0, 3.0]], [0.5, 0.0])
     """
     name = "value_and_feature_grads"
 
