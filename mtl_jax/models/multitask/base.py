@@ -33,7 +33,7 @@ class TaskHead(nn.Module):
       size: width of the output.
       hidden: widths of layers before it.
       activation: a name in `layers.ACTIVATIONS`, after each hidden layer.
-      dtype: compute dtype; None follows inputs and parameters.
+      dtype: compute dtype; None follows the features.
       param_dtype: dtype of the parameters.
     """
 
@@ -46,7 +46,8 @@ class TaskHead(nn.Module):
     @nn.compact
     def __call__(self, features: chex.Array) -> chex.Array:
         """Args: features: [B, ...]. Returns: [B, size] float32."""
-        options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        dtype = features.dtype if self.dtype is None else self.dtype
+        options = {"dtype": dtype, "param_dtype": self.param_dtype}
         x = features.reshape(features.shape[0], -1)
         for i, width in enumerate(self.hidden):
             x = nn.Dense(width, name=f"hidden_{i}", **options)(x)
@@ -159,8 +160,8 @@ class MultiTaskModule(nn.Module):
 
 
 def flat(x: chex.Array) -> chex.Array:
-    """[B, ...] -> [B, D]: what gates read."""
-    return x.reshape(x.shape[0], -1)
+    """[B, ...] -> [B, D] float32: what gates read."""
+    return x.reshape(x.shape[0], -1).astype(jnp.float32)
 
 
 def mix(weights: chex.Array, features: chex.Array) -> chex.Array:

@@ -25,7 +25,7 @@ class SoftGate(nn.Module):
     def __call__(self, x: chex.Array) -> chex.Array:
         """Args: x: [B, ...]. Returns: [B, N] float32, rows sum to one."""
         logits = nn.Dense(self.choices, use_bias=False, name="logits")(flat(x))
-        return jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+        return jax.nn.softmax(logits, axis=-1)
 
 
 class MMoE(MultiTaskModule, kw_only=True):
@@ -181,10 +181,10 @@ class SparseGate(nn.Module):
         else:
             codes = self.param("codes", near_zero, (self.k * bits,))[None]
             logits = self.param("logits", nn.initializers.zeros, (self.k,))[None]
-        codes = codes.reshape(-1, self.k, bits).astype(jnp.float32)
+        codes = codes.reshape(-1, self.k, bits)
         selectors = code_weights(smooth_step(codes, self.gamma), self.choices)
         self._penalise(selectors)
-        share = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+        share = jax.nn.softmax(logits, axis=-1)
         gate = jnp.einsum("bk,bkn->bn", share, selectors)
         return jnp.broadcast_to(gate, (x.shape[0], self.choices))
 

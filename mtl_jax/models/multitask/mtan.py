@@ -27,9 +27,10 @@ class Attend(nn.Module):
         x = features
         if carried is not None:
             x = jnp.concatenate([features, carried], axis=-1)
-        x = nn.Dense(self.hidden or features.shape[-1], name="in")(x)
+        dtype, width = features.dtype, features.shape[-1]
+        x = nn.Dense(self.hidden or width, dtype=dtype, name="in")(x)
         x = jax.nn.relu(LayerNorm(name="norm")(x))
-        return jax.nn.sigmoid(nn.Dense(features.shape[-1], name="out")(x))
+        return jax.nn.sigmoid(nn.Dense(width, dtype=dtype, name="out")(x))
 
 
 class Carry(nn.Module):
@@ -47,10 +48,11 @@ class Carry(nn.Module):
                 f"MTAN: a stage turned {attended.shape} into {like.shape}; stages must "
                 "keep the number of axes"
             )
-        width = like.shape[-1]
+        width, dtype = like.shape[-1], like.dtype
         if like.ndim != 4:
-            return jax.nn.relu(nn.Dense(width, name="dense")(attended))
-        x = jax.nn.relu(nn.Conv(width, (3, 3), name="conv")(attended))
+            return jax.nn.relu(nn.Dense(width, dtype=dtype, name="dense")(attended))
+        x = nn.Conv(width, (3, 3), dtype=dtype, name="conv")(attended)
+        x = jax.nn.relu(x)
         strides = tuple(
             -(-before // after)
             for before, after in zip(x.shape[1:3], like.shape[1:3], strict=True)

@@ -93,8 +93,8 @@ def test_codes_weigh_every_choice_once(seed, bits):
 @pytest.mark.parametrize("per_example", [False, True])
 def test_sparse_gates_sum_to_one_and_become_sparse(per_example, x):
     gate = gates.SparseGate(8, k=2, per_example=per_example)
-    variables = gate.init(jax.random.key(0), x)
-    found, state = gate.apply(variables, x, mutable=["losses"])
+    params = gate.init(jax.random.key(0), x)["params"]
+    found, state = gate.apply({"params": params}, x, mutable=["losses"])
     assert found.shape == (5, 8) and np.all(found > 0)
     np.testing.assert_allclose(found.sum(1), 1, rtol=1e-5)
     # Near-uniform codes: the entropy of two selectors over eight choices.
@@ -102,9 +102,9 @@ def test_sparse_gates_sum_to_one_and_become_sparse(per_example, x):
     np.testing.assert_allclose(entropy, 2 * np.log(8), rtol=1e-2)
     assert "selector_outside" not in state["losses"]
 
-    decided = jax.tree.map(lambda leaf: 1e4 * jnp.sign(leaf), variables["params"])
+    decided = jax.tree.map(lambda leaf: 1e4 * jnp.sign(leaf), params)
     if per_example:
-        decided["logits"] = variables["params"]["logits"]
+        decided["logits"] = params["logits"]
     found, state = gate.apply({"params": decided}, x, mutable=["losses"])
     assert np.all((np.asarray(found) > 0).sum(1) <= 2)
     np.testing.assert_allclose(found.sum(1), 1, rtol=1e-5)

@@ -13,8 +13,8 @@ def test_all_heads_read_the_encoder(fill):
     )
     x = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
     params = fill(module, x)
-    h = x @ params["encoder"]["layers_0"]["kernel"]
-    h = h + params["encoder"]["layers_0"]["bias"]
+    layer = params["encoder"]["layers_0"]
+    h = x @ np.asarray(layer["kernel"]) + np.asarray(layer["bias"])
     found = module.apply({"params": params}, jnp.asarray(x))
     for name in ("a", "b"):
         head = params[f"heads_{name}"]["output"]
