@@ -63,7 +63,10 @@ def weights(
     level = {
         "min": lambda: values[jnp.minimum(first, count - 1)],
         "median": lambda: values[jnp.minimum(first + (rank - 1) // 2, count - 1)],
-        "mean": lambda: jnp.sum(jnp.where(kept, values, 0)) / jnp.maximum(rank, 1),
+        "mean": lambda: (
+            jnp.sum(jnp.where(kept, values, 0))
+            / jnp.maximum(rank, 1).astype(gram.dtype)
+        ),
     }[scale]()
     root = jnp.where(kept, jnp.sqrt(level / jnp.where(kept, values, 1)), 0)
     aligned = dot(vectors, root * dot(vectors.T, target))

@@ -1,0 +1,57 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtl_jax import aggregation
+
+pytestmark = pytest.mark.fast
+
+
+@pytest.mark.parametrize("warmup", [1, 2])
+def test_follows_the_algorithm_over_steps(warmup):
+    rng = np.random.default_rng(0)
+    tx = aggregation.excess_mtl(3, step_size=0.5, warmup=warmup)
+    state = tx.init({"a": jnp.zeros((2, 2)), "b": jnp.zeros(3)})
+    squares, w, first = np.zeros((3, 7)), np.full(3, 1 / 3), []
+    update = jax.jit(tx.update)
+    for k in range(5):
+        grads = rng.normal(size=(3, 7)) * [[1.0], [3.0], [0.1 * (k + 1)]]
+        squares += grads**2
+        excess = (grads**2 / np.sqrt(squares + 1e-7)).sum(1)
+        if k < warmup:
+            first.append(excess)
+        else:
+            w = w * np.exp(0.5 * excess / (np.mean(first, 0) + 1e-7))
+            w /= w.sum()
+        tree = {"a": grads[:, :4].reshape(3, 2, 2), "b": grads[:, 4:]}
+        tree = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+        out, state = update(tree, state)
+        flat = np.concatenate([np.ravel(out["a"]), out["b"]])
+        np.testing.assert_allclose(flat, w @ grads, rtol=1e-3, atol=1e-4)
+
+
+def test_weights_stay_finite_for_large_steps():
+    tx = aggregation.excess_mtl(2, step_size=1e4)
+    grads = {"w": jnp.array([[1.0, 1.0], [1e-3, 0.0]])}
+    state = tx.init({"w": jnp.zeros(2)})
+    for _ in range(3):
+        out, state = tx.update(grads, state)
+        assert np.isfinite(out["w"]).all()
+
+
+def test_a_task_without_gradients_is_finite():
+    tx = aggregation.excess_mtl(2)
+    grads = {"w": jnp.array([[1.0, 1.0], [0.0, 0.0]])}
+    state = tx.init({"w": jnp.zeros(2)})
+    for _ in range(2):
+        out, state = tx.update(grads, state)
+    assert np.isfinite(out["w"]).all()
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="excess_mtl: warmup is 0, wanted 1 or more"):
+        aggregation.excess_mtl(2, warmup=0)
+    tx = aggregation.excess_mtl(2)
+    with pytest.raises(ValueError, match="excess_mtl: 3 tasks, wanted num_tasks = 2"):
+        tx.update({"w": jnp.ones((3, 2))}, tx.init({"w": jnp.zeros(2)}))

@@ -1,0 +1,83 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtl_jax import aggregation
+
+pytestmark = pytest.mark.fast
+
+
+@functools.cache
+def weigher(alpha):
+    return jax.jit(lambda gram: aggregation.weights.fair_grad(gram, alpha))
+
+
+def weights(grads, alpha=1.0):
+    return weigher(alpha)(jnp.asarray(grads @ grads.T, jnp.float32))
+
+
+def imbalance(grads, w, alpha):
+    """How far (grads @ grads.T) @ w is from w^(-1/alpha), relative, float64."""
+    w = np.asarray(w, np.float64)
+    return np.abs((grads @ (w @ grads)) * w ** (1 / alpha) - 1).max()
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.5, 1.0, 2.0, 10.0])
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_solves_the_equations(alpha, count):
+    rng = np.random.default_rng(count)
+    for spread in (1.0, 0.8):
+        grads = rng.normal(size=(count, 12)) * 10 ** rng.uniform(-1, 1, (count, 1))
+        grads -= (1 - spread) * grads.mean(0)
+        w = weights(grads, alpha)
+        assert (np.asarray(w) > 0).all()
+        assert imbalance(grads, w, alpha) < 5e-3
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e15])
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
+def test_any_scale(alpha, scale):
+    grads = np.random.default_rng(0).normal(size=(8, 12)) * scale
+    assert imbalance(grads, weights(grads, alpha), alpha) < 2e-3
+
+
+def test_lengths_twelve_orders_apart():
+    grads = np.random.default_rng(0).normal(size=(8, 12))
+    grads *= 10 ** np.linspace(-6, 6, 8)[:, None]
+    assert imbalance(grads, weights(grads), 1.0) < 2e-3
+
+
+def test_no_fairness_is_the_mean():
+    assert aggregation.weights.fair_grad(jnp.eye(4), 0).tolist() == [0.25] * 4
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 5.0])
+def test_stationary_dependent_and_zero_gradients_are_finite(alpha):
+    opposite = np.ones((8, 4)) * (-1.0) ** np.arange(8)[:, None]
+    equal = np.ones((8, 4))
+    zero = np.eye(8) * np.arange(8)[:, None]
+    for grads in (opposite, equal, zero, 0 * equal):
+        w = weights(grads, alpha)
+        assert np.isfinite(w).all()
+        assert ((np.asarray(w) > 0) == grads.any(1)).all()
+
+
+def test_batches_of_gramians():
+    grads = np.random.default_rng(1).normal(size=(5, 8, 12))
+    grams = jnp.asarray(grads @ grads.transpose(0, 2, 1), jnp.float32)
+    batch = jax.jit(jax.vmap(aggregation.weights.fair_grad))(grams)
+    for gram, w in zip(grams, batch, strict=True):
+        np.testing.assert_allclose(w, weigher(1.0)(gram), rtol=1e-4)
+
+
+def test_nan_shows_and_ends():
+    w = weights(np.full((8, 2), np.nan))
+    assert np.isnan(w).all()
+
+
+def test_refuses_negative_alpha():
+    with pytest.raises(ValueError, match="fair_grad: alpha is -1, wanted 0 or more"):
+        aggregation.fair_grad(alpha=-1)
