@@ -4,7 +4,8 @@ A task is a name (`TEXT_TASKS`, `VISION_TASKS`); `load_source` gives its rows,
 `transform` what models take from a row, `pipeline` and its siblings batches.
 """
 
-from mtl_jax.data import packages, synthetic
+from mtl_jax.data import multitask, packages, synthetic
+from mtl_jax.data.multitask import MultiTask, stack_by_task, task_batches
 from mtl_jax.data.pipelines import (
     ArraySource,
     evaluation,
@@ -38,6 +39,7 @@ __all__ = [
     "VISION_TASKS",
     "ArraySource",
     "FetchError",
+    "MultiTask",
     "Normalize",
     "Package",
     "Task",
@@ -57,12 +59,15 @@ __all__ = [
     "minilm_tokenizer",
     "mixture",
     "mixture_weights",
+    "multitask",
     "packages",
     "pipeline",
     "prepare",
     "prompt_arrays",
     "read",
+    "stack_by_task",
     "synthetic",
+    "task_batches",
     "tasks",
     "to_arrays",
     "transform",

