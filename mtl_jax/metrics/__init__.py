@@ -1,5 +1,23 @@
-"""Metrics: pure, one value per example, no hidden reduction."""
+"""Metrics: pure, one value per example, and summaries of runs of many tasks."""
 
-from mtl_jax.metrics.classification import accuracy, top_k_accuracy
+from mtl_jax.metrics.classification import accuracy, roc_auc, top_k_accuracy
+from mtl_jax.metrics.multitask import (
+    Conflicts,
+    DeltaP,
+    conflicts,
+    cosine_matrix,
+    delta_m,
+    delta_p,
+)
 
-__all__ = ["accuracy", "top_k_accuracy"]
+__all__ = [
+    "Conflicts",
+    "DeltaP",
+    "accuracy",
+    "conflicts",
+    "cosine_matrix",
+    "delta_m",
+    "delta_p",
+    "roc_auc",
+    "top_k_accuracy",
+]

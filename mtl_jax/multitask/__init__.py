@@ -1,5 +1,7 @@
 """Multi-task problems, and the methods that are compared on them."""
 
+from mtl_jax.multitask import presets
+from mtl_jax.multitask.assemble import ARCHITECTURES, assemble, build
 from mtl_jax.multitask.methods import (
     Contest,
     Method,
@@ -11,10 +13,11 @@ from mtl_jax.multitask.methods import (
     simplex,
     single,
 )
-from mtl_jax.multitask.problem import Problem, Target, take
+from mtl_jax.multitask.problem import Problem, take
 from mtl_jax.multitask.training import Bench, Outcome, Settings
 
 __all__ = [
+    "ARCHITECTURES",
     "Bench",
     "Contest",
     "Method",
@@ -22,9 +25,11 @@ __all__ = [
     "Problem",
     "Row",
     "Settings",
-    "Target",
     "aggregated",
+    "assemble",
     "baselines",
+    "build",
+    "presets",
     "regularised",
     "scalarised",
     "simplex",

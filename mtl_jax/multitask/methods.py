@@ -1,6 +1,7 @@
 """What a multi-task method is to a comparison: how T losses become one update."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,8 +11,9 @@ import optax
 
 from mtl_jax import train
 from mtl_jax.multitask.problem import Problem
-from mtl_jax.transforms import aggregation
+from mtl_jax.transforms import aggregation, weighting
 
+Measure = Callable[[Problem, chex.ArrayTree], float]
 Make = Callable[[Problem, optax.GradientTransformation], train.Trainable]
 
 
@@ -59,11 +61,14 @@ class Contest:
     Attributes:
       rows: the lines of the table, in order. Single tasks, equal weights and tuned
         weights come by themselves, see `baselines`.
+      measures: name -> `measure(problem, params) -> float`, taken at the end of every
+        training; the name is part of its address.
       analyses: `analysis(comparison) -> None`, called in order after the table; each
         adds its own claims and sections.
     """
 
     rows: tuple[Row, ...]
+    measures: Mapping[str, Measure] = dataclasses.field(default_factory=dict)
     analyses: tuple[Callable[[Any], None], ...] = ()
 
     def __post_init__(self):
@@ -74,7 +79,9 @@ class Contest:
 
 
 def _plain(problem: Problem, loss_fn: Any, tx: Any, **options: Any) -> train.Trainable:
-    return train.Trainable(init=problem.init, loss_fn=loss_fn, tx=tx, **options)
+    return train.Trainable(
+        init=problem.init, loss_fn=loss_fn, tx=tx, frozen=problem.frozen, **options
+    )
 
 
 def scalarised(weights: Sequence[float], name: str = "") -> Method:
@@ -103,17 +110,20 @@ def scalarised(weights: Sequence[float], name: str = "") -> Method:
 
 def aggregated(
     name: str,
-    aggregator: Callable[..., aggregation.Aggregator],
+    aggregator: Callable[..., aggregation.Aggregator | weighting.Weighting],
     *,
     grads: str = "auto",
+    radii: tuple[float, float] | None = None,
     **options: Any,
 ) -> Method:
     """Combines the gradients of the shared parameters by an aggregator.
 
     Args:
       name: of the row.
-      aggregator: a factory of `mtl_jax.aggregation`.
+      aggregator: a factory of `mtl_jax.aggregation`, or one of `mtl_jax.weighting`.
+        One that wants `num_tasks` gets it from the problem.
       grads: engine, see `train.Trainable`.
+      radii: of `grads="flat"`.
       **options: of the factory.
     """
 
@@ -122,13 +132,28 @@ def aggregated(
             problem,
             problem.loss_fn,
             tx,
-            aggregator=aggregator(**options),
+            aggregator=_make(aggregator, problem, options),
             shared=problem.model.shared_paths,
             grads=grads,
+            radii=radii,
+            task_names=problem.task_names,
         )
 
-    about = {"aggregator": aggregator.__name__, "options": options, "grads": grads}
+    kind = aggregator.__module__.split(".")[2]
+    about = {kind: aggregator.__name__, "options": options, "grads": grads}
+    if radii is not None:
+        about["radii"] = list(radii)
     return Method(name=name, make=make, about=about)
+
+
+def _make(factory: Any, problem: Problem, options: Mapping[str, Any]) -> Any:
+    count = len(problem.targets)
+    if "num_tasks" in inspect.signature(factory).parameters:
+        options = {"num_tasks": count, **options}
+    made = factory(**options)
+    if isinstance(made, weighting.Weighting):
+        return weighting.as_aggregator(made, count)
+    return made
 
 
 def regularised(

@@ -1,54 +1,22 @@
 """A multi-task problem: tasks, rows, and the model whose losses every method weighs."""
 
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax import io, losses, models, train
+from mtl_jax import io, losses, metrics, models
+from mtl_jax.data.multitask import Target
 
 Rows = Mapping[str, np.ndarray]
 _EVALUATION_BATCH = 256
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Target:
-    """What one task predicts.
-
-    Attributes:
-      name: column of the rows that holds its label.
-      kind: "classification" (labels are class numbers, the metric is accuracy),
-        "binary" (0 or 1, accuracy) or "regression" (numbers, root mean square error).
-      size: width of the model's output.
-    """
-
-    name: str
-    kind: str
-    size: int
-
-    def __post_init__(self):
-        if self.kind not in _KINDS:
-            raise ValueError(
-                f"Target {self.name!r}: kind wants one of {', '.join(_KINDS)}, "
-                f"found {self.kind!r}"
-            )
-
-    @property
-    def metric(self) -> str:
-        """Name of the metric."""
-        return "rmse" if self.kind == "regression" else "accuracy"
-
-    @property
-    def higher_is_better(self) -> bool:
-        """Which way the metric improves."""
-        return self.kind != "regression"
-
-
-_KINDS = ("classification", "binary", "regression")
+METRICS = ("accuracy", "auc", "mse", "rmse")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,6 +33,8 @@ class Problem:
       model: a `models.multitask.MultiTaskModule` whose outputs are the targets.
       about: plain data that tell the model from every other; part of the address of
         what is measured on the problem.
+      frozen: regexes on leaf paths that no method trains.
+      loaded: `loaded(params) -> params` puts pretrained weights into fresh ones.
     """
 
     name: str
@@ -73,10 +43,19 @@ class Problem:
     splits: Mapping[str, Rows]
     model: models.multitask.MultiTaskModule
     about: Mapping[str, Any]
+    frozen: tuple[str, ...] = ()
+    loaded: Callable[[chex.ArrayTree], chex.ArrayTree] | None = None
 
     def __post_init__(self):
         if not self.targets:
             raise ValueError(f"Problem {self.name!r}: wants at least one target")
+        for target in self.targets:
+            if target.metric not in METRICS or target.dense:
+                raise ValueError(
+                    f"Problem {self.name!r}: the metric of {target.name!r} is "
+                    f"{target.metric!r}{' per pixel' if target.dense else ''}, known "
+                    f"per row: {', '.join(METRICS)}"
+                )
         wanted = {target.name: target.size for target in self.targets}
         if dict(self.model.outputs) != wanted:
             raise ValueError(
@@ -96,7 +75,7 @@ class Problem:
 
     def digest(self) -> str:
         """Content hash of rows, tasks and model."""
-        targets = [dataclasses.asdict(target) for target in self.targets]
+        targets = [target._asdict() for target in self.targets]
         about = [self.name, targets, self.inputs, dict(self.about)]
         text = json.dumps(about, sort_keys=True).encode()
         return io.digest(
@@ -108,6 +87,12 @@ class Problem:
         rows = self.splits["train"]
         example = [jnp.asarray(rows[name][:1]) for name in self.inputs]
         return self.model.init(key, *example)["params"]
+
+    def start(self, seed: int) -> chex.ArrayTree | None:
+        """Pretrained parameters with fresh heads; None where all are fresh."""
+        if self.loaded is None:
+            return None
+        return self.loaded(jax.jit(self.init)(jax.random.key(seed)))
 
     def encode(self, params: chex.ArrayTree, batch: Rows, key: Any = None) -> Any:
         """The shared representation of a batch."""
@@ -138,28 +123,42 @@ class Problem:
         return self.task_losses(self.outputs(params, batch, key), batch), {}
 
     def evaluate(self, params: chex.ArrayTree, split: str) -> dict[str, float]:
-        """The metric of every task on a split."""
+        """The metric of every task on its rows of a split.
+
+        Raises:
+          ValueError: a task has no row there, an output is not finite, or an AUC has
+            one class only.
+        """
         rows = self.splits[split]
+        outputs = self._predict(params, rows)
+        found = {}
+        for target, label, mask in self._labels(rows):
+            mask, name = np.asarray(mask), target.name
+            if not mask.any():
+                raise ValueError(f"evaluate: no {split} row belongs to {name!r}")
+            values = outputs[name][mask]
+            if not np.isfinite(values).all():
+                raise ValueError(f"evaluate: outputs of {name!r} are not finite")
+            found[name] = _metric(target, values, np.asarray(label)[mask])
+        return found
+
+    def _predict(self, params: chex.ArrayTree, rows: Rows) -> dict[str, np.ndarray]:
+        """Outputs on all rows, batch by batch; the first row fills up the last one."""
         count = len(rows[self.inputs[0]])
-        batches = [
-            {name: x[i : i + _EVALUATION_BATCH] for name, x in rows.items()}
-            for i in range(0, count, _EVALUATION_BATCH)
+        index = np.arange(-(-count // _EVALUATION_BATCH) * _EVALUATION_BATCH)
+        index = np.where(index < count, index, 0).reshape(-1, _EVALUATION_BATCH)
+        parts = [
+            self._outputs(params, {name: rows[name][i] for name in self.inputs})
+            for i in index
         ]
-        found = train.evaluate(self._score, batches, params=params)
         return {
-            t.name: _metric(t, found[t.name], found[f"rows of {t.name}"])
-            for t in self.targets
+            name: np.concatenate([np.asarray(part[name]) for part in parts])[:count]
+            for name in self.task_names
         }
 
-    def _score(self, params: chex.ArrayTree, batch: Rows) -> dict[str, chex.Array]:
-        """Per example: what the metric averages, and whether the row counts."""
-        outputs = self.outputs(params, batch)
-        found = {}
-        for target, label, mask in self._labels(batch):
-            value = _value(target, outputs[target.name], label)
-            found[target.name] = jnp.where(mask, value, 0)
-            found[f"rows of {target.name}"] = mask.astype(jnp.float32)
-        return found
+    @functools.cached_property
+    def _outputs(self) -> Any:
+        return jax.jit(self.outputs)
 
     def _labels(self, batch: Rows):
         """(target, label [B], mask [B]) of every task."""
@@ -187,22 +186,15 @@ def _loss(target: Target, output: chex.Array, label: chex.Array) -> chex.Array:
     return losses.squared_error(output[:, 0], label)
 
 
-def _value(target: Target, output: chex.Array, label: chex.Array) -> chex.Array:
-    """[B] float32, what the metric is the mean of."""
+def _metric(target: Target, output: np.ndarray, label: np.ndarray) -> float:
     if target.kind == "regression":
-        return jnp.square(output[:, 0] - label.astype(jnp.float32))
+        mean = float(np.mean(np.square(output - label.reshape(output.shape))))
+        return float(np.sqrt(mean)) if target.metric == "rmse" else mean
+    if target.metric == "auc":
+        return float(metrics.roc_auc(output[:, 0], label))
     if target.kind == "binary":
-        right = (output[:, 0] > 0) == (label > 0)
-    else:
-        right = jnp.argmax(output, -1) == label
-    return right.astype(jnp.float32)
-
-
-def _metric(target: Target, total: float, share: float) -> float:
-    if not share:
-        raise ValueError(f"evaluate: no row belongs to the task {target.name!r}")
-    mean = total / share
-    return float(np.sqrt(mean)) if target.kind == "regression" else mean
+        return float(np.mean((output[:, 0] > 0) == (label > 0)))
+    return float(np.mean(np.argmax(output, -1) == label))
 
 
 def _masked_mean(values: chex.Array, mask: chex.Array) -> chex.Array:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from mtl_jax import data, train
 from mtl_jax.data import wheels
-from mtl_jax.multitask.methods import Method
+from mtl_jax.multitask.methods import Measure, Method
 from mtl_jax.multitask.problem import Problem, take
 from mtl_jax.train import optim
 
@@ -49,6 +49,7 @@ class Outcome:
       validation: metric of every task on validation rows.
       test: the same on test rows.
       history: metrics of the training, by name: one number per record.
+      measured: what was measured at the end, by name.
       step_seconds: median time from step to step, compilation left out.
       remembered: whether it was read and not trained.
     """
@@ -57,6 +58,7 @@ class Outcome:
     test: Mapping[str, float]
     history: Mapping[str, tuple[float, ...]]
     step_seconds: float
+    measured: Mapping[str, float] = dataclasses.field(default_factory=dict)
     remembered: bool = False
 
 
@@ -66,6 +68,7 @@ class Bench:
     Args:
       problem: tasks, rows and model.
       settings: how all methods are trained.
+      measures: name -> `measure(problem, params) -> float`; see `Contest`.
       mesh: where; see `train.Trainer`.
       remember: read and write the file of outcomes.
       progress: a `report.Progress`.
@@ -77,6 +80,7 @@ class Bench:
         problem: Problem,
         settings: Settings,
         *,
+        measures: Mapping[str, Measure] | None = None,
         mesh: Mesh | None = None,
         remember: bool = True,
         progress: Any,
@@ -84,6 +88,7 @@ class Bench:
     ):
         self.problem = problem
         self.settings = settings
+        self.measures = dict(measures or {})
         self.mesh = mesh
         self.progress = progress
         folder = epath.Path(folder or wheels.cache_dir() / "multitask")
@@ -124,13 +129,21 @@ class Bench:
                 bar(step, steps, metrics)
 
             result = train.Trainer(trainable, mesh=self.mesh).fit(
-                batches.__getitem__, steps=settings.steps, seed=seed, progress=advance
+                batches.__getitem__,
+                steps=settings.steps,
+                seed=seed,
+                params=problem.start(seed),
+                progress=advance,
             )
         names = sorted(result.history[-1].keys() - {"step"})
         return Outcome(
             validation=problem.evaluate(result.params, "validation"),
             test=problem.evaluate(result.params, "test"),
             history={n: tuple(float(r[n]) for r in result.history) for n in names},
+            measured={
+                name: float(measure(problem, result.params))
+                for name, measure in self.measures.items()
+            },
             step_seconds=float(np.median(np.diff(clock))) if len(clock) > 1 else 0.0,
         )
 
@@ -143,6 +156,7 @@ class Bench:
             "settings": dataclasses.asdict(self.settings),
             "method": dict(method.about),
             "tasks": method.tasks,
+            "measures": sorted(self.measures),
             "seed": seed,
         }
         text = json.dumps(about, sort_keys=True, default=_refuse)

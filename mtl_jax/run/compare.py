@@ -35,10 +35,18 @@ class Result:
         return np.array([outcome.test[task] for outcome in self.outcomes])
 
     def last(self, name: str) -> np.ndarray:
-        """[S] mean of a training metric, second half; NaN where there is none."""
-        curves = [outcome.history.get(name, ()) for outcome in self.outcomes]
-        halves = [curve[len(curve) // 2 :] for curve in curves]
-        return np.array([np.mean(half) if half else np.nan for half in halves])
+        """[S] what was measured at the end, or the mean of a training metric.
+
+        The mean is over the second half of the records; NaN where there is neither.
+        """
+        return np.array([_last(outcome, name) for outcome in self.outcomes])
+
+
+def _last(outcome: Outcome, name: str) -> float:
+    if name in outcome.measured:
+        return outcome.measured[name]
+    curve = outcome.history.get(name, ())
+    return float(np.mean(curve[len(curve) // 2 :])) if curve else float("nan")
 
 
 class Comparison:
@@ -103,12 +111,13 @@ class Comparison:
         """Mean relative change against the single tasks of a seed, percent."""
         reference = self.results[SINGLE].outcomes[self.seeds.index(seed)]
         found, alone = getattr(outcome, split), getattr(reference, split)
+        targets = self.problem.targets
         return float(
-            metrics.delta_m(
-                [found[name] for name in self.names],
-                [alone[name] for name in self.names],
-                [t.higher_is_better for t in self.problem.targets],
-            )
+            metrics.delta_p(
+                {t.name: {t.metric: found[t.name]} for t in targets},
+                {t.name: {t.metric: alone[t.name]} for t in targets},
+                {t.name: {t.metric: t.higher_is_better} for t in targets},
+            ).task
         )
 
     def _single(self, seed: int) -> Outcome:
@@ -162,7 +171,7 @@ def _mean_and_spread(values: np.ndarray, digits: int) -> str:
 def _shown(comparison: Comparison, task: str, values: np.ndarray) -> str:
     """A metric for the table: accuracies in percent."""
     target = comparison.problem.targets[comparison.names.index(task)]
-    percent = target.metric == "accuracy"
+    percent = target.metric in ("accuracy", "auc")
     return _mean_and_spread(values * 100 if percent else values, 1 if percent else 3)
 
 
@@ -171,6 +180,7 @@ def _add_table(comparison: Comparison) -> None:
     equal = results["equal weights"]
     pace = np.mean([o.step_seconds for o in equal.outcomes])
     targets = comparison.problem.targets
+    measures = tuple(comparison.bench.measures)
     comparison.report.add_table(
         report.Table(
             title="Test metrics",
@@ -178,6 +188,7 @@ def _add_table(comparison: Comparison) -> None:
                 "method",
                 "delta",
                 *(f"{t.name} ({t.metric})" for t in targets),
+                *measures,
                 "time per step",
                 "conflicts",
                 "chosen",
@@ -187,8 +198,9 @@ def _add_table(comparison: Comparison) -> None:
                     name,
                     _mean_and_spread(r.delta, 2),
                     *(_shown(comparison, t.name, r.values(t.name)) for t in targets),
+                    *(_share(r.last(name), "{:.3g}") for name in measures),
                     float(np.mean([o.step_seconds for o in r.outcomes]) / pace),
-                    _share(r.last("conflict_rate")),
+                    _share(r.last("conflict_rate"), "{:.0%}"),
                     ", ".join(sorted(set(r.chosen) - {name})),
                 )
                 for name, r in results.items()
@@ -203,8 +215,8 @@ def _add_table(comparison: Comparison) -> None:
     )
 
 
-def _share(values: np.ndarray) -> str | None:
-    return None if np.isnan(values).any() else f"{np.mean(values):.0%}"
+def _share(values: np.ndarray, shape: str) -> str | None:
+    return None if np.isnan(values).any() else shape.format(np.mean(values))
 
 
 def _add_figures(comparison: Comparison) -> None:

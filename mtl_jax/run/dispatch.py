@@ -10,7 +10,8 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from mtl_jax import catalog, data, report, train, zoo
+from mtl_jax import catalog, data, multitask, report, train, zoo
+from mtl_jax.run import compare
 from mtl_jax.run import study as study_lib
 
 Suite = tuple[zoo.Encoder, tuple[zoo.TaskData, ...]]
@@ -61,9 +62,22 @@ def _system(config: ConfigDict) -> tuple[catalog.Entry, Any]:
     return entry, importlib.import_module(entry.module)
 
 
-def _check_parts(config: ConfigDict) -> None:
-    parts = ("system", "suite", "experts", "modes", "mesh", "remember", "study")
-    missing = [name for name in parts if name not in config]
+_PARTS = {
+    "posthoc": ("suite", "experts", "modes", "mesh", "remember", "study"),
+    "trainable": (
+        "problem",
+        "model",
+        "training",
+        "seeds",
+        "mesh",
+        "remember",
+        "study",
+    ),
+}
+
+
+def _check_parts(config: ConfigDict, kind: str) -> None:
+    missing = [name for name in _PARTS[kind] if name not in config]
     if missing:
         raise ValueError(f"config: lacks {', '.join(missing)}")
 
@@ -82,27 +96,42 @@ def _lookup(kind: str, table: dict[str, Any], name: str) -> Any:
 def run(config: ConfigDict, *, workdir: Any, progress: Any) -> report.Report:
     """Runs an experiment and writes its report to `workdir`.
 
-    Experts and measured accuracies are cached by content, so that a run that was
-    stopped, or is repeated, does only what is left.
+    Experts, trainings and measured accuracies are cached by content, so that a run
+    that was stopped, or is repeated, does only what is left.
 
     Args:
-      config: names the `system`, the `suite` of tasks, how `experts` are trained and
-        what the `study` compares; see `experiments/configs`.
+      config: names the `system` and `study`, what the study compares; for a system
+        that edits trained parameters, the `suite` of tasks and how `experts` are
+        trained; for one that trains, `problem`, `model`, `training` and `seeds`; see
+        `experiments/configs`.
       workdir: gets `report/`: `index.html`, and `results.json`, which holds the
-        resolved config too. Experts are kept in the package cache.
+        resolved config too. What is cached is kept in the package cache.
       progress: a `report.Progress`.
 
     Raises:
       ValueError: on a config that names what does not exist.
     """
-    _check_parts(config)
+    if "system" not in config:
+        raise ValueError("config: lacks system")
     entry, module = _system(config)
+    runner = _lookup("kind", _RUNNERS, entry.spec.kind)
+    _check_parts(config, entry.spec.kind)
     if train.initialize():
         raise ValueError(
-            "run: merging studies run in one process, found several; the trainer "
-            "itself runs in as many as there are"
+            "run: studies run in one process, found several; the trainer itself runs "
+            "in as many as there are"
         )
-    system = module.build(config)
+    document = report.Report(
+        entry.spec.title, config.get("intro", entry.spec.summary), config=_plain(config)
+    )
+    runner(config, module.build(config), document, epath.Path(workdir), progress)
+    return document
+
+
+def _run_study(
+    config: ConfigDict, system: Any, document: Any, workdir: Any, progress: Any
+) -> None:
+    """Edits trained parameters: experts, rows, report."""
     make_suite = _lookup("suite", SUITES, config.suite.name)
     try:
         encoder, tasks = make_suite(_plain(config.suite.options), progress)
@@ -116,28 +145,44 @@ def run(config: ConfigDict, *, workdir: Any, progress: Any) -> report.Report:
         zoo.Settings(**_plain(config.experts)),
         modes=tuple(config.modes),
         checkpoint_every=config.get("checkpoint_every"),
-        mesh=_mesh(config),
+        mesh=_mesh(config, config.experts.batch_size),
         progress=progress,
-    )
-    document = report.Report(
-        entry.spec.title, config.get("intro", entry.spec.summary), config=_plain(config)
     )
     evaluator = zoo.Evaluator(opened, remember=config.remember, progress=progress)
     study = study_lib.Study(opened, evaluator, config, document, progress)
     study.run(system)
-    study_lib.write(study, epath.Path(workdir))
-    return document
+    study_lib.write(study, workdir)
 
 
-def _mesh(config: ConfigDict) -> jax.sharding.Mesh:
+def _run_comparison(
+    config: ConfigDict, contest: Any, document: Any, workdir: Any, progress: Any
+) -> None:
+    """Trains: one problem, methods, seeds, report."""
+    options = {**_plain(config.problem), "model": _plain(config.model)}
+    bench = multitask.Bench(
+        multitask.assemble(**options, progress=progress),
+        multitask.Settings(**_plain(config.training)),
+        measures=contest.measures,
+        mesh=_mesh(config, config.training.batch_size),
+        remember=config.remember,
+        progress=progress,
+    )
+    comparison = compare.Comparison(bench, config, document, progress)
+    comparison.run(contest)
+    compare.write(comparison, workdir)
+
+
+_RUNNERS = {"posthoc": _run_study, "trainable": _run_comparison}
+
+
+def _mesh(config: ConfigDict, batch_size: int) -> jax.sharding.Mesh:
     """The config's mesh; a free data axis is as large as the batch divides into."""
     axes = _plain(config.mesh)
     devices = jax.devices()
     if axes.get("data", -1) == -1:
         others = math.prod(size for name, size in axes.items() if name != "data")
         most = max(1, len(devices) // max(1, others))
-        batch = config.experts.batch_size
-        axes["data"] = max(n for n in range(1, most + 1) if batch % n == 0)
+        axes["data"] = max(n for n in range(1, most + 1) if batch_size % n == 0)
     return train.make_mesh(**axes, devices=devices[: math.prod(axes.values())])
 
 

@@ -52,6 +52,12 @@ class Found(NamedTuple):
     finite: chex.Array
 
 
+_WHOLE = {
+    "features": "decides on the features",
+    "flat": "moves each task along its gradient",
+}
+
+
 class PerTaskGradients:
     """`(state, batch, key) -> Found`, by the engine that the trainable asks for.
 
@@ -66,10 +72,10 @@ class PerTaskGradients:
     """
 
     def __init__(self, trainable: Trainable, mesh: Mesh, accumulate: int):
-        if trainable.grads == "features" and accumulate > 1:
+        if trainable.grads in _WHOLE and accumulate > 1:
             raise ValueError(
-                "Trainer: grads='features' decides on the features of one whole batch, "
-                f"found accumulate={accumulate}; use grads='map'"
+                f"Trainer: grads={trainable.grads!r} {_WHOLE[trainable.grads]} of one "
+                f"whole batch, found accumulate={accumulate}; use accumulate=1"
             )
         assert trainable.aggregator is not None
         self.trainable, self.mesh, self.accumulate = trainable, mesh, accumulate
@@ -82,6 +88,8 @@ class PerTaskGradients:
         engine = self.trainable.grads
         if engine == "features":
             return self._from_features(state, batch, key)
+        if engine == "flat":
+            return self._from_flat(state, batch, key)
         if engine in ("auto", "gramian") and self.rule is not None:
             found = self._from_gramian(state, batch, key)
             if found is not None:
@@ -151,6 +159,29 @@ class PerTaskGradients:
             rows, gram, state.opt_state.aggregator, None, values[0]
         )
         return self._found(values, pullback(direction), new, gram, weights)
+
+    def _from_flat(self, state: TrainState, batch: Any, key: chex.PRNGKey) -> Found:
+        """Acts on pairs of task gradients; heads get those at the perturbed place."""
+        assert self.trainable.radii is not None
+        rho_shared, rho_task = self.trainable.radii
+        found = aggregation.flat_task_grads(
+            lambda p: self._losses(p, state.frozen, batch, key),
+            rho_shared=rho_shared,
+            rho_task=rho_task,
+            shared=self.trainable.shared,
+            has_aux=True,
+        )(state.params)
+        gram = mtl_tree.gram(found.shared)
+        with lenient_promotion():
+            update, new = self.aggregator.update(
+                found.shared,
+                state.opt_state.aggregator,
+                split_shared(state.params, self.trainable.shared)[0],
+                losses=found.losses,
+                sam_grads=found.shared_sam,
+            )
+        values = (found.losses, found.aux)
+        return self._found(values, merge(update, found.rest), new, gram, None)
 
     def _losses(
         self, params: Any, frozen: Any, batch: Any, key: chex.PRNGKey

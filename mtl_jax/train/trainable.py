@@ -15,7 +15,7 @@ LossFn = Callable[
 ]
 Rules = tuple[tuple[str, PartitionSpec], ...]
 
-ENGINES = ("auto", "map", "vmap", "gramian", "features")
+ENGINES = ("auto", "map", "vmap", "gramian", "features", "flat")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,10 @@ class Trainable:
         "gramian": never formed; for methods that need inner products only. "auto":
         "gramian" where method and model allow it, else "map". "features": the
         aggregator acts on the gradients at the shared representation of a
-        `aggregation.SplitLoss`, for the price of one backward pass.
+        `aggregation.SplitLoss`, for the price of one backward pass. "flat": each
+        task's at the parameters and where its loss is worst within `radii`, for an
+        `aggregation.flat_mtl`.
+      radii: of `grads="flat"`: for the shared leaves, and for a task's own.
       task_names: names for the metrics; the numbers from 0 by default.
     """
 
@@ -57,6 +60,7 @@ class Trainable:
     aggregator: optax.GradientTransformation | None = None
     shared: tuple[str, ...] = (".*",)
     grads: str = "auto"
+    radii: tuple[float, float] | None = None
     task_names: tuple[str, ...] | None = None
 
     def __post_init__(self):
@@ -82,7 +86,7 @@ class Trainable:
 
     def _check_plain(self):
         fields = {f.name: f.default for f in dataclasses.fields(self)}
-        for name in ("shared", "grads", "task_names"):
+        for name in ("shared", "grads", "radii", "task_names"):
             if getattr(self, name) != fields[name]:
                 raise ValueError(
                     f"Trainable: {name}={getattr(self, name)!r} wants an aggregator"
@@ -105,6 +109,11 @@ class Trainable:
             raise ValueError(
                 "Trainable: grads='gramian' wants an aggregator with a rule; this one "
                 "needs the task gradients themselves, use 'map' or 'vmap'"
+            )
+        if (self.grads == "flat") != (self.radii is not None):
+            raise ValueError(
+                f"Trainable: grads='flat' goes with radii, found {self.grads!r} with "
+                f"{self.radii}"
             )
         if self.grads == "features":
             if not isinstance(self.loss_fn, SplitLoss):

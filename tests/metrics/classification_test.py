@@ -46,3 +46,21 @@ def test_bad_arguments_are_named():
         metrics.accuracy(jnp.zeros((2, 3)), jnp.zeros((2, 3), jnp.int32))
     with pytest.raises(ValueError, match=r"k must be in \[1, 3\]"):
         metrics.top_k_accuracy(jnp.zeros((2, 3)), jnp.zeros(2, jnp.int32), 4)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_roc_auc_counts_pairs(seed):
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(0, 6, 40).astype(np.float32)  # Many ties.
+    labels = rng.integers(0, 2, 40)
+    ones, zeros = scores[labels == 1][:, None], scores[labels == 0]
+    wanted = np.mean((ones > zeros) + 0.5 * (ones == zeros))
+    np.testing.assert_allclose(metrics.roc_auc(scores, labels), wanted, rtol=1e-6)
+    np.testing.assert_allclose(metrics.roc_auc(-scores, labels), 1 - wanted, rtol=1e-5)
+
+
+def test_roc_auc_refuses_what_it_cannot_measure():
+    with pytest.raises(ValueError, match="both classes, found 2 of 2 positive"):
+        metrics.roc_auc(jnp.ones(2), jnp.ones(2, int))
+    with pytest.raises(ValueError, match=r"scores and labels \[N\]"):
+        metrics.roc_auc(jnp.ones((2, 1)), jnp.ones(2, int))

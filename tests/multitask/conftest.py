@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from mtl_jax import models, multitask
+from mtl_jax.data.multitask import Target
 
 
 def rows(seed, count):
@@ -18,9 +19,9 @@ def rows(seed, count):
 
 
 TARGETS = (
-    multitask.Target(name="sign", kind="binary", size=1),
-    multitask.Target(name="third", kind="classification", size=3),
-    multitask.Target(name="sum", kind="regression", size=1),
+    Target("sign", "binary", 1, True, "auc"),
+    Target("third", "classification", 3, True, "accuracy"),
+    Target("sum", "regression", 1, False, "rmse"),
 )
 
 
@@ -52,8 +53,8 @@ def problem():
 def own_rows_problem():
     """Two tasks, each row of one of them; the second has few rows."""
     targets = (
-        multitask.Target(name="a", kind="binary", size=1),
-        multitask.Target(name="b", kind="classification", size=3),
+        Target("a", "binary", 1, True, "accuracy"),
+        Target("b", "classification", 3, True, "accuracy"),
     )
 
     def split(seed, count):

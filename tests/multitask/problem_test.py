@@ -34,8 +34,10 @@ def test_metrics_are_those_of_the_definitions(problem, params):
     rows = problem.splits["test"]
     out = {k: np.asarray(v) for k, v in problem.outputs(params, rows).items()}
     found = problem.evaluate(params, "test")
+    sign = out["sign"][:, 0]
+    ones, zeros = sign[rows["sign"] == 1], sign[rows["sign"] == 0]
     wanted = {
-        "sign": np.mean((out["sign"][:, 0] > 0) == rows["sign"]),
+        "sign": np.mean((ones[:, None] > zeros) + 0.5 * (ones[:, None] == zeros)),
         "third": np.mean(out["third"].argmax(-1) == rows["third"]),
         "sum": np.sqrt(np.mean((out["sum"][:, 0] - rows["sum"]) ** 2)),
     }
@@ -90,5 +92,18 @@ def test_problems_that_do_not_hold_together(problem):
         dataclasses.replace(problem, targets=problem.targets[:2])
     with pytest.raises(ValueError, match="at least one target"):
         dataclasses.replace(problem, targets=())
-    with pytest.raises(ValueError, match="kind wants one of classification"):
-        multitask.Target(name="x", kind="ranking", size=1)
+    other = (problem.targets[0]._replace(metric="mean_iou"), *problem.targets[1:])
+    with pytest.raises(ValueError, match="metric of 'sign' is 'mean_iou', known"):
+        dataclasses.replace(problem, targets=other)
+
+
+def test_evaluation_refuses_what_has_no_answer(problem, own_rows_problem, params):
+    bad = jax.tree.map(lambda x: x * jnp.nan, params)
+    with pytest.raises(ValueError, match="outputs of 'sign' are not finite"):
+        problem.evaluate(bad, "test")
+    rows = own_rows_problem.splits["test"]
+    empty = {name: x[rows["task"] == 0] for name, x in rows.items()}
+    splits = {**own_rows_problem.splits, "test": empty}
+    lonely = dataclasses.replace(own_rows_problem, splits=splits)
+    with pytest.raises(ValueError, match="no test row belongs to 'b'"):
+        lonely.evaluate(lonely.init(jax.random.key(0)), "test")

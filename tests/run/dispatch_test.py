@@ -49,7 +49,7 @@ def test_paper_step_compiles_for_a_tpu():
 @pytest.mark.fast
 def test_configs_that_are_not_whole(quiet, tmp_path):
     with pytest.raises(ValueError, match="config: lacks suite, experts, modes"):
-        run.run(ConfigDict({"system": "x"}), workdir=tmp_path, progress=quiet)
+        run.run(ConfigDict({"system": "tall-masks"}), workdir=tmp_path, progress=quiet)
 
 
 @pytest.mark.fast

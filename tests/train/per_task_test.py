@@ -421,3 +421,47 @@ def test_features_act_on_the_encoder_alone(fit):
     first, second = found.history[0], exact.history[0]
     assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
     assert first["min_cosine"] != pytest.approx(second["min_cosine"], abs=1e-3)
+
+
+def test_flat_is_the_loop_over_its_own_gradients(fit, one_device):
+    flat = aggregation.flat_mtl(aggregation.sum())
+    found = fit(4, grads="flat", radii=(0.1, 0.2), aggregator=flat)
+    still = fit(4, grads="flat", radii=(0.0, 0.0), aggregator=flat)
+    close(still.params, fit(4, aggregator=aggregation.sum()).params)
+    assert {"loss_a", "conflict_rate"} <= set(found.history[0])
+
+    def moved(params, rows):
+        """Sum over tasks of the gradients at each task's own perturbed place."""
+        total = jax.tree.map(jnp.zeros_like, params)
+        for t in range(T):
+            grad = jax.grad(lambda p, t=t: LOSS(p, rows, None)[0][t])
+            g = grad(params)
+            g["trunk"]["fixed"] = jnp.zeros(4)
+            place = {}
+            for part, rho in (("trunk", 0.1), ("heads", 0.2)):
+                norm = optax.tree.norm(g[part])
+                place[part] = jax.tree.map(
+                    lambda p, x, s=rho / norm: p + s * x, params[part], g[part]
+                )
+            total = jax.tree.map(jnp.add, total, grad(place))
+        total["trunk"]["fixed"] = jnp.zeros(4)
+        return total
+
+    tx = optax.sgd(0.1)
+    plain = fit(2, grads="flat", radii=(0.1, 0.2), aggregator=flat, tx=tx)
+    params = init(jax.random.split(jax.random.key(0))[0])
+    for step in range(2):
+        grads = moved(params, batch(step))
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+    close(plain.params, params)
+
+
+def test_flat_wants_whole_batches_and_radii(one_device):
+    flat = aggregation.flat_mtl(aggregation.sum())
+    with pytest.raises(ValueError, match="grads='flat' goes with radii"):
+        trainable(grads="flat", aggregator=flat)
+    with pytest.raises(ValueError, match="goes with radii, found 'map'"):
+        trainable(grads="map", radii=(0.1, 0.1))
+    whole = trainable(grads="flat", radii=(0.1, 0.1), aggregator=flat)
+    with pytest.raises(ValueError, match="gradient of one whole batch, found"):
+        train.Trainer(whole, mesh=one_device, accumulate=2)

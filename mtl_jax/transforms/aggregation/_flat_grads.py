@@ -118,7 +118,8 @@ def _join(params, ours, own):
     """`params` plus the perturbation of either part."""
 
     def leaf(p, a, b):
-        return in_wide(jnp.add, p, b if a is None else a)
+        moved = b if a is None else a
+        return p if moved is None else in_wide(jnp.add, p, moved)
 
     return jax.tree.map(leaf, params, ours, own, is_leaf=lambda x: x is None)
 

