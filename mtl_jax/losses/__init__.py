@@ -7,13 +7,23 @@ from mtl_jax.losses.classification import (
     softmax_entropy,
 )
 from mtl_jax.losses.regression import absolute_error, huber, squared_error
+from mtl_jax.losses.saliency import (
+    csa_loss,
+    rep_mtl_loss,
+    task_saliency,
+    tsr_loss,
+)
 
 __all__ = [
     "absolute_error",
+    "csa_loss",
     "huber",
     "kl_divergence",
+    "rep_mtl_loss",
     "sigmoid_cross_entropy",
     "softmax_cross_entropy",
     "softmax_entropy",
     "squared_error",
+    "task_saliency",
+    "tsr_loss",
 ]
