@@ -36,6 +36,7 @@ ALIASES = {  # Names that `mtl_jax` itself resolves lazily.
     for name in (
         "adapters",
         "aggregation",
+        "bilevel",
         "hypernet",
         "linearize",
         "masking",

@@ -93,6 +93,12 @@ def from_loss(
     Returns:
       A `Weighting`. Its functions raise ValueError on losses that are not [T] and, on
       known values, on losses that are not finite or too small.
+
+    >>> def largest(losses, params, state, present):
+    ...     return jnp.max(jnp.where(present, losses, -jnp.inf))
+    >>> method = from_loss("largest", largest)
+    >>> method.weights([1.0, 3.0], *method.init(2)).tolist()
+    [0.0, 1.0]
     """
 
     def init_fn(num_tasks: int):
