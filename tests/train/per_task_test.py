@@ -1,3 +1,5 @@
+import functools
+import importlib.util
 import json
 import types
 
@@ -6,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from mtl_jax import aggregation, train, tree
-from mtl_jax.train import conflicts
+from mtl_jax import aggregation, models, train, tree
+from mtl_jax.train import preflight as preflight_lib
 
 T = 3
 ENGINES = ("map", "vmap", "gramian", "auto")
@@ -106,25 +109,25 @@ def close(a, b, **tolerance):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
 
 
-@pytest.mark.parametrize("engine", [*ENGINES, "features"])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_sum_is_ordinary_training(fit, engine, accumulate):
-    if engine == "features" and accumulate > 1:
-        pytest.skip("refused, see below")
+@functools.cache
+def ordinary(accumulate):
     plain = train.Trainable(
         init=init, loss_fn=summed, tx=optax.adamw(1e-2), frozen=("fixed",)
     )
-    want = train.Trainer(plain, accumulate=accumulate, mesh=one(fit)).fit(
-        batch, steps=4, log_every=1
-    )
-    changes = {} if engine != "features" else {"shared": (".*",)}
-    found = fit(
-        4,
-        aggregator=aggregation.sum(),
-        grads=engine,
-        accumulate=accumulate,
-        **changes,
-    )
+    mesh = train.make_mesh(devices=jax.devices()[:1])
+    trainer = train.Trainer(plain, accumulate=accumulate, mesh=mesh)
+    return trainer.fit(batch, steps=3, log_every=1)
+
+
+@pytest.mark.parametrize(
+    ("engine", "accumulate"),
+    [("map", 1), ("vmap", 2), ("gramian", 1), ("gramian", 2), ("features", 1)],
+)
+def test_the_sum_is_ordinary_training(fit, engine, accumulate):
+    want = ordinary(accumulate)
+    changes = {"shared": (".*",)} if engine == "features" else {}
+    changes |= {"aggregator": aggregation.sum(), "accumulate": accumulate}
+    found = fit(3, grads=engine, **changes)
     close(found.params, want.params)
     for record, wanted in zip(found.history, want.history, strict=True):
         for name in ("loss", "grad_norm", "mae"):
@@ -134,46 +137,40 @@ def test_the_sum_is_ordinary_training(fit, engine, accumulate):
         )
 
 
-def one(_):
-    return train.make_mesh(devices=jax.devices()[:1])
+@functools.cache
+def by_hand(steps, rate):
+    """Shared leaves by PCGrad, heads by the sum; written without a trainer."""
+    method = aggregation.pcgrad(seed=2)
+    params = init(jax.random.split(jax.random.key(0))[0])
+    state = method.init(params["trunk"])
 
+    @jax.jit
+    def step(params, state, rows):
+        def losses(trunk, head):
+            return LOSS({"trunk": trunk, "heads": head}, rows, None)[0]
 
-def by_hand(steps, aggregator, tx):
-    """Shared leaves by the aggregator, heads by the sum; written without a trainer."""
-    run_key = jax.random.split(jax.random.key(0))
-    params = init(run_key[0])
-    state, opt = aggregator.init(params["trunk"]), tx.init(params)
-    for step in range(steps):
+        grads = jax.jacrev(losses)(params["trunk"], params["heads"])
+        grads["fixed"] = jnp.zeros_like(grads["fixed"])
+        trunk, state = method.update(grads, state)
+        head = jax.grad(lambda h: losses(params["trunk"], h).sum())(params["heads"])
+        update = {"trunk": trunk, "heads": head}
+        return jax.tree.map(lambda p, u: p - rate * u, params, update), state
 
-        def losses(trunk, head, step=step):
-            return LOSS({"trunk": trunk, "heads": head}, batch(step), None)[0]
-
-        rows = jax.jacrev(losses)(params["trunk"], params["heads"])
-        rows["fixed"] = jnp.zeros_like(rows["fixed"])
-        heads_grad = jax.grad(lambda h, f=losses, p=params: f(p["trunk"], h).sum())(
-            params["heads"]
-        )
-        trunk, state = aggregator.update(rows, state)
-        update, opt = tx.update({"trunk": trunk, "heads": heads_grad}, opt)
-        params = optax.apply_updates(params, update)
+    for number in range(steps):
+        params, state = step(params, state, batch(number))
     return params
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("method", ["pcgrad", "mean"])
-def test_engines_give_the_steps_written_by_hand(fit, engine, method):
-    make = {
-        "pcgrad": lambda: aggregation.pcgrad(seed=2),
-        "mean": aggregation.mean,
-    }[method]
-    found = fit(5, aggregator=make(), grads=engine, tx=optax.sgd(0.05))
-    close(found.params, by_hand(5, make(), optax.sgd(0.05)))
+def test_engines_give_the_steps_written_by_hand(fit, engine):
+    found = fit(4, grads=engine, tx=optax.sgd(0.05))
+    close(found.params, by_hand(4, 0.05))
 
 
 def test_methods_that_need_the_gradients(fit):
-    want = fit(4, aggregator=aggregation.mean())
-    for engine in ("auto", "map", "vmap"):
-        found = fit(4, aggregator=without_rule(), grads=engine)
+    want = fit(3, aggregator=aggregation.mean())
+    for engine in ("auto", "vmap"):
+        found = fit(3, aggregator=without_rule(), grads=engine)
         close(found.params, want.params)
         assert not any(name.startswith("weight") for name in found.history[0])
         assert found.history[0]["min_cosine"] == pytest.approx(
@@ -184,10 +181,10 @@ def test_methods_that_need_the_gradients(fit):
         assert kept["heads"] == {"kernel": None, "bias": None}
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["map", "gramian"])
 def test_accumulation_is_the_whole_batch(fit, engine):
-    want = fit(4, grads=engine)
-    found = fit(4, grads=engine, accumulate=4)
+    want = fit(3, grads=engine)
+    found = fit(3, grads=engine, accumulate=4)
     close(found.params, want.params)
     close(found.history[-1]["weight_b"], want.history[-1]["weight_b"])
 
@@ -222,30 +219,17 @@ def test_metrics_are_those_of_the_gramian(fit):
     assert numbered["loss_2"] == pytest.approx(record["loss_c"], rel=1e-5)
 
 
-@pytest.mark.fast
-def test_conflicts_of_known_gradients():
-    grads = jnp.array([[1.0, 0.0], [-1e-18, 0.0], [0.0, 1e18], [0.0, 0.0]])
-    gram = grads @ grads.T
-    found = conflicts.conflict_metrics(gram)
-    assert found["min_cosine"] == -1 and found["conflict_rate"] == pytest.approx(1 / 6)
-    assert np.array_equal(np.diag(conflicts.cosines(gram)), np.ones(4))
-    alone = conflicts.conflict_metrics(gram[:1, :1])
-    assert alone == {"min_cosine": 1, "conflict_rate": 0}
-
-
-def test_no_rows_of_the_heads_and_one_backward_of_theirs(one_device):
-    """Products: trunk forward 1, backward 1 a row; the heads' kernel once."""
-
-    def flops(**changes):
+def test_no_task_gradients_of_the_heads(one_device):
+    def text_of(**changes):
         trainer = train.Trainer(trainable(**changes), mesh=one_device)
-        text = trainer.compiled_step.lower(trainer.abstract_state, batch(0))
-        return text.compile().as_text()
+        lowered = trainer.compiled_step.lower(trainer.abstract_state, batch(0))
+        return lowered.compile().as_text()
 
     for engine in ("map", "vmap"):
-        text = flops(grads=engine, aggregator=aggregation.mean())
+        text = text_of(grads=engine, aggregator=aggregation.mean())
         assert f"f32[{T},4,8]" in text
         assert f"f32[{T},{T},8]" not in text
-    assert f"f32[{T},4,8]" not in flops(grads="gramian")
+    assert f"f32[{T},4,8]" not in text_of(grads="gramian")
 
 
 @pytest.mark.parametrize("make", [lambda: aggregation.pcgrad(seed=5), without_rule])
@@ -315,13 +299,13 @@ def test_a_method_that_hides_what_is_not_finite_does_not_hide_it(fit):
         fit(1, aggregator=zero, **bad)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["map", "gramian"])
 def test_one_task(fit, engine):
     def alone(params, batch, key):
         losses, metrics = LOSS(params, batch, key)
         return losses[:1], metrics
 
-    found = fit(3, loss_fn=alone, task_names=None, grads=engine)
+    found = fit(1, loss_fn=alone, task_names=None, grads=engine)
     assert found.history[0]["weight_0"] == 1
     assert found.history[0]["min_cosine"] == 1
     assert found.history[0]["conflict_rate"] == 0
@@ -465,3 +449,50 @@ def test_flat_wants_whole_batches_and_radii(one_device):
     whole = trainable(grads="flat", radii=(0.1, 0.1), aggregator=flat)
     with pytest.raises(ValueError, match="gradient of one whole batch, found"):
         train.Trainer(whole, mesh=one_device, accumulate=2)
+
+
+@pytest.mark.tpu
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+def test_a_vision_transformer_with_surgery_compiles_for_a_tpu(monkeypatch):
+    """Rows of parameters that are split over the devices are split like them."""
+    width, side = 64, 16
+    options = {"image_size": side, "patch_size": 8, "width": width, "depth": 2}
+    vit = models.ViT(**options, num_heads=2, scan=True, remat=True, dtype=jnp.bfloat16)
+
+    def make(key):
+        image = jnp.zeros((1, side, side, 3))
+        return {
+            "encoder": vit.init(key, image)["params"],
+            "heads": jnp.zeros((width, T)),
+        }
+
+    def loss(params, rows, key):
+        z = vit.apply({"params": params["encoder"]}, rows["image"])
+        error = z.astype(jnp.float32) @ params["heads"] - rows["y"]
+        return jnp.mean(error**2, 0), {}
+
+    texts = []
+    monkeypatch.setattr(preflight_lib, "collectives", lambda text: texts.append(text))
+    report = preflight_lib.preflight(
+        trainable(
+            init=make,
+            loss_fn=loss,
+            shared=("^encoder",),
+            frozen=(),
+            grads="map",
+            rules=(("^heads$", P()), *models.sharding_rules(vit)),
+        ),
+        {
+            "image": jax.ShapeDtypeStruct((32, side, side, 3), jnp.float32),
+            "y": jax.ShapeDtypeStruct((32, T), jnp.float32),
+        },
+        topology="v5e:2x2",
+    )
+    assert report.fits and report.while_loops == 0
+    assert f"f32[{T},2,{width // 4},{4 * width}]" in texts[0]
+    for whole in (f"2,{width},{4 * width}", f"2,{4 * width},{width}"):
+        assert f"f32[{T},{whole}]" not in texts[0]
+        assert f"bf16[{T},{whole}]" not in texts[0]
