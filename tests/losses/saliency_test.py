@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from mtl_jax import losses
+from mtl_jax import losses, train
 
 pytestmark = pytest.mark.fast
 
@@ -309,3 +309,16 @@ def test_parts():
 def test_bad_arguments(run, message):
     with pytest.raises(ValueError, match=message):
         run()
+
+
+def test_sharded_batch_equals_one_device():
+    """Negatives come from all devices."""
+    mesh = train.make_mesh()
+    s = f32(draw((3, 16, 2, 5)))
+    spec = jax.sharding.PartitionSpec(None, "data")
+    split = jax.device_put(s, jax.sharding.NamedSharding(mesh, spec))
+    for loss in (losses.tsr_loss, losses.csa_loss):
+        both = jax.jit(jax.value_and_grad(loss))
+        (want, slope_one), (got, slope_all) = both(s), both(split)
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+        np.testing.assert_allclose(slope_all, slope_one, rtol=1e-4, atol=1e-6)

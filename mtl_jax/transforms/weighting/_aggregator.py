@@ -25,6 +25,8 @@ class AsAggregatorState(NamedTuple):
       losses: [T] float32 of the step before.
       norms: [T] float32, gradient norms of the step before.
       step: int32, steps taken.
+      finite: bool, whether the last losses and norms were finite and what the method
+        allows.
     """
 
     params: Any
@@ -33,6 +35,7 @@ class AsAggregatorState(NamedTuple):
     losses: chex.Array
     norms: chex.Array
     step: chex.Array
+    finite: chex.Array
 
 
 def as_aggregator(
@@ -52,7 +55,8 @@ def as_aggregator(
       tx: optimizer of the method's parameters; None = Adam at 1e-3.
 
     Returns:
-      An `Aggregator` with a `rule`. Its update needs `losses` [T].
+      An `Aggregator` with a `rule`. Its update needs `losses` [T]. Where these are not
+      what the method allows, weights are NaN, so that no step is taken on them.
 
     Raises:
       ValueError: in the update, `losses` is missing.
@@ -73,7 +77,13 @@ def as_aggregator(
         params, state = method.init(num_tasks)
         zeros = jnp.zeros(num_tasks, jnp.float32)
         return AsAggregatorState(
-            params, tx.init(params), state, zeros, zeros, jnp.int32(0)
+            params=params,
+            opt_state=tx.init(params),
+            weighting=state,
+            losses=zeros,
+            norms=zeros,
+            step=jnp.int32(0),
+            finite=jnp.asarray(True),
         )
 
     def weigh(gram, state, *, losses=None, **extra):
@@ -93,6 +103,8 @@ def as_aggregator(
         weights, grads = gradient(losses, state.params, weighting)
         params, opt_state = descend(tx, grads, state.opt_state, state.params)
         norms = jnp.sqrt(jnp.maximum(jnp.diag(gram), 0)).astype(jnp.float32)
+        checked = method.update(weighting, losses, after=losses, norms=norms)
+        weights = jnp.where(checked.finite, weights, jnp.nan)
         return weights.astype(jnp.float32), AsAggregatorState(
             params=params,
             opt_state=opt_state,
@@ -100,6 +112,13 @@ def as_aggregator(
             losses=losses.astype(jnp.float32),
             norms=norms,
             step=state.step + 1,
+            finite=checked.finite,
         )
 
-    return from_gramian("as_aggregator", Rule(init, weigh))
+    inner = from_gramian("as_aggregator", Rule(init, weigh))
+
+    def update(updates, state, params=None, **extra):
+        out, new = inner.update(updates, state, params, **extra)
+        return out, new._replace(finite=new.finite & new.method.finite)
+
+    return Aggregator(inner.init, update, inner.rule)

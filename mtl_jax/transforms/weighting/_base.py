@@ -20,10 +20,10 @@ class WeightingState(NamedTuple):
 
     Attributes:
       method: the method's own state.
-      finite: bool, whether the losses of the last update were finite and, where the
-        method takes logarithms or ratios of them, large enough for it. Losses that are
-        too small are clipped to the smallest that is allowed, so that nothing becomes
-        NaN; the flag says that it happened, the caller decides what to do.
+      finite: bool, whether all that the last update was given was finite and, where the
+        method takes logarithms or ratios of losses, these large enough for it. Losses
+        that are too small are clipped to the smallest that is allowed, so that nothing
+        becomes NaN; the flag says that it happened, the caller decides what to do.
     """
 
     method: Any
@@ -113,6 +113,12 @@ def from_loss(
 
     def update_fn(state, losses, present=None, **extra):
         losses, present, finite = _arguments(name, losses, present, lower)
+        for what in ("after", "norms"):
+            if extra.get(what) is not None:
+                given = per_task(name, what, extra[what], losses.shape)
+                sound = jnp.isfinite(given) | ~present
+                _refuse(name, what, given, sound, None)
+                finite = finite & jnp.all(sound)
         method = update(state.method, losses, present, **extra)
         return WeightingState(method, finite)
 
@@ -197,16 +203,16 @@ def _arguments(name, losses, present, lower):
         floor = bounds.astype(losses.dtype)
         sound = sound & (losses > floor)
     sound = sound | ~present
-    _refuse(name, losses, sound, floor)
+    _refuse(name, "loss", losses, sound, floor)
     if floor is None:
         return jnp.where(present, losses, 1), present, jnp.all(sound)
     losses = jnp.where(present, jnp.maximum(losses, floor + _FLOOR), floor + 1)
     return losses, present, jnp.all(sound)
 
 
-def _refuse(name, losses, sound, floor):
-    """Names the first bad loss where the values are known."""
-    if any(isinstance(x, jax.core.Tracer) for x in (losses, sound)):
+def _refuse(name, what, values, sound, floor):
+    """Names the first bad value where they are known."""
+    if any(isinstance(x, jax.core.Tracer) for x in (values, sound)):
         return
     bad = np.flatnonzero(~np.asarray(sound))
     if bad.size:
@@ -215,5 +221,5 @@ def _refuse(name, losses, sound, floor):
         if floor is not None:
             wanted += f" greater than {float(floor[task]):g}"
         raise ValueError(
-            f"{name}: loss of task {task} is {float(losses[task]):g}, wanted {wanted}"
+            f"{name}: {what} of task {task} is {float(values[task]):g}, wanted {wanted}"
         )

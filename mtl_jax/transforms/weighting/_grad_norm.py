@@ -99,6 +99,7 @@ def grad_norm(
                 "grad_norm: update needs `norms`, the norms of the task gradients"
             )
         norms = per_task("grad_norm", "norms", norms, losses.shape)
+        norms = jnp.where(present, norms, 0)
         losses = losses.astype(jnp.float32)
         first = jnp.where((state.first == 0) & present, losses, state.first)
         ratio = losses / jnp.where(first == 0, 1, first)

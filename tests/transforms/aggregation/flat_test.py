@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from mtl_jax import aggregation
+from mtl_jax import aggregation, train
 
 pytestmark = pytest.mark.fast
 
@@ -302,3 +302,21 @@ def call(mode="individual", **options):
 def test_bad_arguments(run, message):
     with pytest.raises(ValueError, match=message):
         run()
+
+
+def test_sharded_batch_has_one_perturbation():
+    """Gradients are averaged over devices before their norm is taken."""
+    mesh = train.make_mesh()
+    x = jnp.asarray(RNG_INPUT, jnp.float32)
+    spec = jax.sharding.PartitionSpec("data")
+    split = jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+
+    def loss_fn(params, x):
+        hidden = jnp.tanh(x @ params["trunk"])
+        outs = [hidden @ params["heads"][k] for k in ("0", "1")]
+        return jnp.stack([jnp.mean(jnp.square(o - 1)) for o in outs])
+
+    fn = jax.jit(
+        aggregation.flat_task_grads(loss_fn, rho_shared=0.5, shared=("^trunk",))
+    )
+    close(fn(NET, split), fn(NET, x), rtol=1e-4, atol=1e-5)

@@ -61,6 +61,15 @@ def test_default_optimizer_learns():
     assert (state.method.params["log_variance"] != 0).all()
 
 
+def test_forbidden_losses_stop_the_step():
+    tx = weighting.as_aggregator(weighting.geometric_mean(), 2)
+    losses = jnp.array([1.0, 0.0])
+    updates, state = jax.jit(tx.update)(GRADS, tx.init(None), losses=losses)
+    assert np.isnan(updates["w"]).all() and not bool(state.finite)
+    updates, state = jax.jit(tx.update)(GRADS, state, losses=jnp.ones(2))
+    assert np.isfinite(updates["w"]).all() and bool(state.finite)
+
+
 def test_needs_losses():
     tx = weighting.as_aggregator(weighting.mean(), 2)
     with pytest.raises(ValueError, match="as_aggregator: the update needs `losses`"):

@@ -218,6 +218,20 @@ def test_nan_is_named_or_flagged(name):
     assert not bool(after.finite)
 
 
+@pytest.mark.parametrize(("name", "what"), [("famo", "after"), ("grad_norm", "norms")])
+def test_nan_beside_the_losses(name, what):
+    method = METHODS[name](3)
+    _, state = method.init(3)
+    bad = {what: jnp.array([1.0, jnp.inf, 1.0])}
+    with pytest.raises(ValueError, match=f"{name}: {what} of task 1 is inf"):
+        method.update(state, jnp.ones(3), **bad)
+    assert not bool(jax.jit(method.update)(state, jnp.ones(3), **bad).finite)
+    present = jnp.array([True, False, True])
+    after = method.update(state, jnp.ones(3), present, **bad)
+    assert bool(after.finite)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(after))
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_one_task(name):
     method = METHODS[name](1)
