@@ -94,6 +94,7 @@ class Bench:
         folder = epath.Path(folder or wheels.cache_dir() / "multitask")
         self._folder = folder if remember else None
         self._digest = problem.digest()
+        self._trainers: dict[int, tuple[Any, ...]] = {}
 
     def run(self, method: Method, seed: int) -> Outcome:
         """Trains a method, or reads what came of it before.
@@ -110,12 +111,8 @@ class Bench:
         return found
 
     def _train(self, method: Method, seed: int) -> Outcome:
-        settings, problem = self.settings, self.problem
-        if method.tasks is not None:
-            problem = take(problem, method.tasks)
-        trainable = method.make(
-            problem, optim.over_steps(settings.steps, settings.optimizer)
-        )
+        settings = self.settings
+        problem, trainer = self._trainer(method)
         batches = data.pipeline(
             data.ArraySource(problem.splits["train"]),
             batch_size=settings.batch_size,
@@ -128,7 +125,7 @@ class Bench:
                 clock.append(time.monotonic())
                 bar(step, steps, metrics)
 
-            result = train.Trainer(trainable, mesh=self.mesh).fit(
+            result = trainer.fit(
                 batches.__getitem__,
                 steps=settings.steps,
                 seed=seed,
@@ -146,6 +143,17 @@ class Bench:
             },
             step_seconds=float(np.median(np.diff(clock))) if len(clock) > 1 else 0.0,
         )
+
+    def _trainer(self, method: Method) -> tuple[Problem, train.Trainer]:
+        """Compiled once for all seeds; the method is kept, so that its id stays its."""
+        if id(method) not in self._trainers:
+            problem, settings = self.problem, self.settings
+            if method.tasks is not None:
+                problem = take(problem, method.tasks)
+            tx = optim.over_steps(settings.steps, settings.optimizer)
+            trainer = train.Trainer(method.make(problem, tx), mesh=self.mesh)
+            self._trainers[id(method)] = (method, problem, trainer)
+        return self._trainers[id(method)][1:]
 
     def _path(self, method: Method, seed: int) -> epath.Path | None:
         if self._folder is None:

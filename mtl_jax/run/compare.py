@@ -1,13 +1,22 @@
 """A comparison of training methods: every row trained alike, over seeds."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
 from mtl_jax import metrics, report
-from mtl_jax.multitask import Bench, Contest, Outcome, Row, baselines, single
+from mtl_jax.multitask import (
+    Bench,
+    Contest,
+    Method,
+    Outcome,
+    Row,
+    baselines,
+    single,
+)
 from mtl_jax.run.claims import add_claims
 
 SINGLE = "single tasks"
@@ -92,7 +101,8 @@ class Comparison:
         fixed = baselines(len(self.names), self.config.study.get("tuning_steps", 1))
         rows = (*fixed, *contest.rows)
         with self.progress.task("methods", total=1 + len(rows)) as bar:
-            alone = tuple(self._single(seed) for seed in self.seeds)
+            methods = [single(name) for name in self.names]
+            alone = tuple(self._single(methods, seed) for seed in self.seeds)
             self.results[SINGLE] = Result(
                 name=SINGLE,
                 outcomes=alone,
@@ -120,9 +130,9 @@ class Comparison:
             ).task
         )
 
-    def _single(self, seed: int) -> Outcome:
+    def _single(self, methods: Sequence[Method], seed: int) -> Outcome:
         """All tasks alone, as one outcome; the time is that of all of them."""
-        found = [self.bench.run(single(name), seed) for name in self.names]
+        found = [self.bench.run(method, seed) for method in methods]
         return Outcome(
             validation={k: v for o in found for k, v in o.validation.items()},
             test={k: v for o in found for k, v in o.test.items()},

@@ -88,6 +88,13 @@ def from_gradients(
     Returns:
       An `Aggregator`; its update raises ValueError on leaves that do not lead with one
       task axis, or that do not fit `params` where those are given.
+
+    >>> def largest(grads, state, **extra):
+    ...     return jax.tree.map(lambda g: jnp.max(g, 0), grads), state
+    >>> method = from_gradients("largest", lambda params: (), largest)
+    >>> grads = {"w": jnp.array([[1.0], [3.0]])}
+    >>> method.update(grads, method.init(None))[0]["w"].tolist()
+    [3.0]
     """
 
     def init_fn(params):
@@ -111,6 +118,13 @@ def from_gramian(name: str, rule: Rule) -> Aggregator:
     Returns:
       An `Aggregator` whose updates are `sum_t weights[t] * task_grads[t]`, computed in
       float32 and cast once.
+
+    >>> def shortest(gram):
+    ...     return jnp.eye(len(gram))[jnp.argmin(jnp.diag(gram))]
+    >>> method = from_gramian("shortest", stateless(shortest))
+    >>> grads = {"w": jnp.array([[1.0], [3.0]])}
+    >>> method.update(grads, method.init(None))[0]["w"].tolist()
+    [1.0]
     """
 
     def update(task_grads, state, **extra):

@@ -43,10 +43,20 @@ def sum_weights(gram: chex.Array) -> chex.Array:
 
 
 def mean() -> Aggregator:
-    """Averages the task gradients. Updates: leaves [T, ...] -> [...]."""
+    """Averages the task gradients. Updates: leaves [T, ...] -> [...].
+
+    >>> method, grads = mean(), {"w": jnp.array([[1.0], [3.0]])}
+    >>> method.update(grads, method.init(None))[0]["w"].tolist()
+    [2.0]
+    """
     return from_gramian("mean", stateless(mean_weights))
 
 
 def sum() -> Aggregator:
-    """Adds the task gradients. Updates: leaves [T, ...] -> [...]."""
+    """Adds the task gradients. Updates: leaves [T, ...] -> [...].
+
+    >>> method, grads = sum(), {"w": jnp.array([[1.0], [3.0]])}
+    >>> method.update(grads, method.init(None))[0]["w"].tolist()
+    [4.0]
+    """
     return from_gramian("sum", stateless(sum_weights))

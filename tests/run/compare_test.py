@@ -1,0 +1,109 @@
+import json
+import types
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from mtl_jax import multitask, report
+from mtl_jax.data.multitask import Target
+from mtl_jax.multitask import Outcome
+from mtl_jax.run import compare
+
+TARGETS = (
+    Target("sign", "binary", 1, True, "auc"),
+    Target("third", "classification", 3, True, "accuracy"),
+    Target("sum", "regression", 1, False, "rmse"),
+)
+
+
+@pytest.fixture
+def toy():
+    names = tuple(target.name for target in TARGETS)
+    return types.SimpleNamespace(targets=TARGETS, task_names=names)
+
+
+class FakeBench:
+    """Answers without training; errors fall as the weights of `sum` rise."""
+
+    def __init__(self, problem, measures=()):
+        self.problem, self.measures = problem, dict.fromkeys(measures)
+        self.settings = multitask.Settings(steps=4, batch_size=2, optimizer={})
+        self.asked = []
+
+    def run(self, method, seed):
+        self.asked.append((method.name, seed))
+        weights = method.about.get("weights", [1, 1, 1])
+        if method.tasks:
+            values = {method.tasks[0]: 0.5}
+        else:
+            values = {"sign": 0.5, "third": 0.6, "sum": 0.5 / weights[2]}
+        return Outcome(
+            validation=values,
+            test=values,
+            history={"conflict_rate": (0.0, 0.25 + 0.5 * (seed == 1))},
+            measured=dict.fromkeys(self.measures, float(seed)),
+            step_seconds=0.1,
+        )
+
+
+def comparison(problem, quiet, seeds=(0, 1), measures=()):
+    config = ConfigDict({"seeds": seeds, "study": {"tuning_steps": 4}})
+    bench = FakeBench(problem, measures)
+    return compare.Comparison(bench, config, report.Report("x"), quiet)
+
+
+def test_change_against_single_tasks_in_percent(toy, quiet):
+    found = comparison(toy, quiet)
+    found.run(multitask.Contest(rows=()))
+    assert list(found.results) == ["single tasks", "equal weights", "tuned weights"]
+    # 0 of sign, +20% of third, 0 of sum; single tasks are their own reference.
+    np.testing.assert_allclose(found.results["equal weights"].delta, 20 / 3)
+    np.testing.assert_allclose(found.results["single tasks"].delta, 0)
+
+
+def test_validation_chooses_among_candidates_for_each_seed(toy, quiet):
+    found = comparison(toy, quiet)
+    found.run(multitask.Contest(rows=()))
+    tuned = found.results["tuned weights"]
+    assert tuned.chosen == ("0.75 0.75 1.5",) * 2
+    # A third less error in the task whose metric falls.
+    np.testing.assert_allclose(tuned.delta, (20 + 100 / 3) / 3, rtol=1e-6)
+    assert found.wins("tuned weights", "equal weights") == (
+        2,
+        pytest.approx(100 / 9),
+    )
+
+
+def test_what_was_measured_and_the_second_half_of_the_training(toy, quiet):
+    found = comparison(toy, quiet, measures=("sharpness",))
+    found.run(multitask.Contest(rows=()))
+    row = found.results["equal weights"]
+    np.testing.assert_allclose(row.last("conflict_rate"), [0.25, 0.75])
+    np.testing.assert_allclose(row.last("sharpness"), [0, 1])
+    assert np.isnan(row.last("weather")).all()
+
+
+def test_report_has_table_claims_and_figures(toy, quiet, tmp_path, capsys):
+    found = comparison(toy, quiet, measures=("sharpness",))
+    found.run(
+        multitask.Contest(
+            rows=(), analyses=(lambda c: c.claim("sun is hot", "yes", True),)
+        )
+    )
+    compare.write(found, tmp_path)
+    sections = json.loads((tmp_path / "report/results.json").read_text())["sections"]
+    first = sections[0]["table"]
+    assert first["title"] == "Test metrics" and "sharpness" in first["columns"]
+    assert len(first["rows"]) == 3
+    assert sections[1]["table"]["rows"] == [["sun is hot", "yes", True]]
+    titles = [s["title"] for s in sections if s["kind"] == "figure"]
+    assert titles[0] == "Change against single tasks"
+    assert "Share of conflicting task pairs over the training" in titles
+    assert "6.67 ± 0.00" in capsys.readouterr().out
+
+
+def test_seeds_that_make_no_sense(toy, quiet):
+    for seeds in ((), (1, 1)):
+        with pytest.raises(ValueError, match="seeds wants one or more, each once"):
+            comparison(toy, quiet, seeds=seeds)
