@@ -10,6 +10,7 @@ from mtl_jax.transforms.aggregation._base import (
     gram_of,
     stateless,
 )
+from mtl_jax.transforms.aggregation._cosine import cosine_gram
 
 _RESCALE = (0, 1, 2)
 
@@ -63,7 +64,7 @@ def weights(gram: chex.Array, c: float = 0.5, *, rescale: int = 0) -> chex.Array
     gram = gram / jnp.where(largest == 0, 1, largest)
     mean = jnp.mean(gram, 1)
     radius = c * jnp.sqrt(jnp.maximum(jnp.mean(mean), 0))
-    cosines, inverse = _solvers.unit_diagonal(gram)
+    cosines, _, inverse = cosine_gram("cagrad", gram)
     slope = jnp.where(inverse == 0, 1, inverse)
     x = _solvers.nonnegative_path(
         cosines, mean * inverse, slope, end=-jnp.inf, radius=radius

@@ -10,21 +10,15 @@ from mtl_jax.transforms.aggregation._base import (
     gram_of,
     stateless,
 )
+from mtl_jax.transforms.aggregation._cosine import preference_of
 
 
-def preference_of(name: str, preference: chex.Array | None, gram: chex.Array):
-    """One number per task, 1 / T each where none are given.
-
-    Raises:
-      ValueError: the preference is not [T].
-    """
+def wanted(name: str, preference: chex.Array | None, gram: chex.Array) -> chex.Array:
+    """The preference vector [T] that fits `gram`: 1 / T each where None."""
     count = gram.shape[0]
     if preference is None:
         return jnp.full(count, 1 / count, gram.dtype)
-    preference = jnp.asarray(preference)
-    if preference.shape != (count,):
-        raise ValueError(f"{name}: preference is {preference.shape}, wanted ({count},)")
-    return preference.astype(gram.dtype)
+    return preference_of(name, preference, count, gram.dtype)
 
 
 def regularized(gram: chex.Array, regularization: float) -> chex.Array:
@@ -61,7 +55,8 @@ def weights(
     Args:
       gram: [T, T], inner products of task gradients.
       preference: p, [T], non-negative; 1 / T each where not given.
-      regularization: eps.
+      regularization: eps. Gradients shorter than about its root, against all others
+        together, are not protected.
 
     Returns:
       [T] float32, at least `preference`.
@@ -82,7 +77,7 @@ def weights(
     """
     check_regularization("dual_proj", regularization)
     gram = gram_of("dual_proj", gram)
-    lower = preference_of("dual_proj", preference, gram)
+    lower = wanted("dual_proj", preference, gram)
     matrix = regularized(gram, regularization)
     return _solvers.quadratic_above(matrix, lower[None])[0]
 

@@ -12,6 +12,7 @@ from mtl_jax.transforms.aggregation._base import (
     from_gramian,
     gram_of,
 )
+from mtl_jax.transforms.aggregation._cosine import cosine_gram
 from mtl_jax.transforms.aggregation._pcgrad import random_orders, visit_tasks
 
 _LARGEST_COSINE = 1 - 1e-4
@@ -34,23 +35,21 @@ def vaccinate(
     gram: chex.Array, key: chex.PRNGKey, targets: chex.Array
 ) -> tuple[chex.Array, chex.Array]:
     """Weights [T], and the cosines [T, T] that each task found before each push."""
-    lengths = jnp.sqrt(jnp.diag(gram))
-    inverse = jnp.where(lengths == 0, 0, 1 / jnp.where(lengths == 0, 1, lengths))
-    tasks = jnp.arange(gram.shape[0])
+    split = cosine_gram("grad_vac", gram)
+    tasks = jnp.arange(len(split.norms))
     goals = jnp.clip(targets, -_LARGEST_COSINE, _LARGEST_COSINE)
 
     def push(others, met, squares):
         length = jnp.sqrt(squares)
-        reach = jnp.where(length == 0, 0, 1 / jnp.where(length == 0, 1, length))
-        back = jnp.take(inverse, others)
-        cosine = jnp.clip(met * reach * back, -1, 1)
+        cosine = jnp.where(length == 0, 0, met / jnp.where(length == 0, 1, length))
+        cosine = jnp.clip(cosine, -1, 1)
         goal = goals[tasks, others]
         turn = jnp.sqrt((1 - cosine * cosine) / (1 - goal * goal))
-        amounts = length * back * (goal * turn - cosine)
+        amounts = length * (goal * turn - cosine)
         return jnp.where(cosine < goal, amounts, 0), cosine
 
-    found, cosines = visit_tasks(gram, random_orders(key, gram.shape[0]), push)
-    return found, jnp.where(jnp.eye(gram.shape[0], dtype=bool), 0, cosines)
+    found, cosines = visit_tasks(split, random_orders(key, len(tasks)), push)
+    return found, jnp.where(jnp.eye(len(tasks), dtype=bool), 0, cosines)
 
 
 def weights(

@@ -12,6 +12,7 @@ from mtl_jax.transforms.aggregation._base import (
     from_gramian,
     gram_of,
 )
+from mtl_jax.transforms.aggregation._cosine import cosine_gram
 
 Normalize = Literal["none", "l2", "loss", "loss_l2"]
 _SMALLEST_LOSS = 1e-6  # of the largest, in size
@@ -58,7 +59,7 @@ def weights(
             f"mgda: normalize is {normalize!r}, wanted one of {get_args(Normalize)}"
         )
     if normalize in ("l2", "loss_l2"):
-        gram, _ = _solvers.unit_diagonal(gram)
+        gram = cosine_gram("mgda", gram).cosines
     if normalize in ("loss", "loss_l2"):
         if losses is None:
             raise ValueError(f"mgda: losses are missing, normalize={normalize!r} needs")

@@ -10,8 +10,8 @@ from mtl_jax.transforms.aggregation._base import (
     Aggregator,
     Rule,
     from_gramian,
-    gram_of,
 )
+from mtl_jax.transforms.aggregation._cosine import Cosines, cosine_gram
 
 # (visited tasks [T], products with them [T], squared lengths [T]) -> (amounts, seen)
 Push = Callable[[chex.Array, chex.Array, chex.Array], tuple[chex.Array, chex.Array]]
@@ -27,40 +27,44 @@ def random_orders(key: chex.PRNGKey, count: int) -> chex.Array:
 
 
 def visit_tasks(
-    gram: chex.Array, orders: chex.Array, push: Push
+    gram: Cosines, orders: chex.Array, push: Push
 ) -> tuple[chex.Array, chex.Array]:
     """Lets every task's gradient meet those of the others, one after the other.
 
-    Task i keeps a running vector, at first g_i. For each j in its order a multiple of
-    g_j is added to the vector. Only inner products are kept, never the vectors.
+    Task i keeps a running vector, at first its unit gradient. For each j in its order
+    a multiple of the unit gradient of j is added to the vector. Only inner products are
+    kept, never the vectors.
 
     Args:
-      gram: [T, T].
+      gram: of the task gradients, split.
       orders: [T, T] int; row i is the order in which task i visits.
       push: decides the multiples, for all running vectors at once, from the visited
-        tasks, the products of the running vectors with their gradients, and the
+        tasks, the products of the running vectors with their unit gradients, and the
         squared lengths of the running vectors. What else it returns is collected.
 
     Returns:
-      weights [T] of the sum of all running vectors, and what was seen, [T, T]: entry
-      i, j at task i's visit to task j; its diagonal means nothing.
+      weights [T] of the sum of all running vectors, each times the length that its
+      gradient had, and what was seen, [T, T]: entry i, j at task i's visit to task j;
+      its diagonal means nothing.
     """
-    tasks = jnp.arange(gram.shape[0])
+    cosines, norms, inverse = gram
+    squares = jnp.diag(cosines)
+    tasks = jnp.arange(norms.shape[0])
 
     def visit(carry, others):
         products, squares = carry
         met = jnp.take_along_axis(products, others[:, None], 1)[:, 0]
         amounts, seen = push(others, met, squares)
         amounts = jnp.where(others == tasks, 0, amounts)
-        lengths = jnp.take(jnp.diag(gram), others)
-        squares = squares + 2 * amounts * met + amounts * amounts * lengths
-        products = products + amounts[:, None] * jnp.take(gram, others, 0)
+        squares = squares + 2 * amounts * met + amounts * amounts
+        products = products + amounts[:, None] * jnp.take(cosines, others, 0)
         return (products, jnp.maximum(squares, 0)), (amounts, seen)
 
     steps = orders.T
-    _, (amounts, seen) = jax.lax.scan(visit, (gram, jnp.diag(gram)), steps)
-    weights = jnp.ones_like(tasks, gram.dtype).at[steps].add(amounts)
-    return weights, jnp.zeros_like(gram).at[tasks[None, :], steps].set(seen)
+    _, (amounts, seen) = jax.lax.scan(visit, (cosines, squares), steps)
+    added = amounts * norms[None, :] * jnp.take(inverse, steps)
+    weights = (1 + 0 * norms).at[steps].add(added)
+    return weights, jnp.zeros_like(cosines).at[tasks[None, :], steps].set(seen)
 
 
 def weights(gram: chex.Array, key: chex.PRNGKey) -> chex.Array:
@@ -89,14 +93,9 @@ def weights(gram: chex.Array, key: chex.PRNGKey) -> chex.Array:
     >>> weights(jnp.array([[1.0, -0.5], [-0.5, 1.0]]), jax.random.key(0)).tolist()
     [1.5, 1.5]
     """
-    gram = gram_of("pcgrad", gram)
-    squares = jnp.diag(gram)
-    inverse = jnp.where(squares == 0, 0, 1 / jnp.where(squares == 0, 1, squares))
-
-    def push(others, met, _):
-        return -jnp.minimum(met, 0) * jnp.take(inverse, others), met
-
-    return visit_tasks(gram, random_orders(key, gram.shape[0]), push)[0]
+    split = cosine_gram("pcgrad", gram)
+    orders = random_orders(key, len(split.norms))
+    return visit_tasks(split, orders, lambda _, met, __: (-jnp.minimum(met, 0), met))[0]
 
 
 def pcgrad(*, seed: int = 0) -> Aggregator:

@@ -5,27 +5,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtl_jax.transforms.aggregation._cosine import cosine_gram, dot
+
 _DEPENDENT = 4e-6  # squared sine of an angle that float32 inner products cannot tell
 _FLAT = 1e-6  # a slope that rounding explains
 _FEW = 32  # tasks up to which one tableau per row is cheaper than sweeps
-_SWEEPS = 12
-_CG_STEPS = 200
+_SWEEPS = 64
+_BLOCK = 8  # rows whose tables stay in cache together
 
 
-def unit_diagonal(gram: chex.Array) -> tuple[chex.Array, chex.Array]:
-    """Rescales the tasks to length one.
-
-    Args:
-      gram: [T, T], positive semi-definite.
-
-    Returns:
-      cosines [T, T], with ones on the diagonal but for tasks without a gradient; and
-      the inverse lengths [T], zero for those tasks.
-    """
-    squares = jnp.diag(gram)
-    known = squares > 0
-    inverse = jnp.where(known, jax.lax.rsqrt(jnp.where(known, squares, 1)), 0)
-    return gram * inverse[:, None] * inverse[None, :], inverse
+def _tiny(like: chex.Array) -> chex.Array:
+    return jnp.asarray(jnp.finfo(like.dtype).tiny, like.dtype)
 
 
 def project_simplex(vector: chex.Array, total: float = 1.0) -> chex.Array:
@@ -105,7 +95,8 @@ def nonnegative_path(
         speed = jnp.maximum(jnp.sum(jnp.where(positive, -slopes, 0) * slope), 0)
         left = jnp.maximum(radius * radius - square, 0)
         rate = cross + jnp.sqrt(cross * cross + speed * left)
-        return jnp.where(rate > 0, left / jnp.where(rate > 0, rate, 1), jnp.inf)
+        fall = jnp.where(rate > 0, left / jnp.where(rate > 0, rate, 1), jnp.inf)
+        return jnp.where(left > 0, fall, 0)
 
     def step(carry):
         table, mu, positive, _, steps = carry
@@ -156,7 +147,7 @@ def min_norm_point(gram: chex.Array) -> chex.Array:
     >>> [round(x, 3) for x in min_norm_point(jnp.diag(jnp.array([1.0, 4.0]))).tolist()]
     [0.8, 0.2]
     """
-    cosines, inverse = unit_diagonal(gram)
+    cosines, _, inverse = cosine_gram("min_norm_point", gram)
     still = inverse == 0
     pull = inverse / jnp.maximum(jnp.max(inverse), _tiny(gram))
     # A task without a gradient is kept out of the table by a diagonal of one.
@@ -165,8 +156,9 @@ def min_norm_point(gram: chex.Array) -> chex.Array:
     )
     x = nonnegative_path(matrix, -pull, spread_slope(pull)) * pull
     moving = x / jnp.maximum(jnp.sum(x), _tiny(gram))
-    shared = still / jnp.maximum(jnp.sum(still.astype(gram.dtype)), 1)
-    return jnp.where(jnp.any(still), shared.astype(gram.dtype), moving)
+    shared = still.astype(gram.dtype)
+    shared = shared / jnp.maximum(jnp.sum(shared), 1)
+    return jnp.where(jnp.any(still), shared, moving)
 
 
 def quadratic_above(matrix: chex.Array, lower: chex.Array) -> chex.Array:
@@ -174,37 +166,9 @@ def quadratic_above(matrix: chex.Array, lower: chex.Array) -> chex.Array:
 
       min_v 1/2 v^T A v   such that   v >= l,   one v for each row l of `lower`
 
-    Args:
-      matrix: A, [T, T], positive definite.
-      lower: [N, T].
-
-    Returns:
-      [N, T]. By `nonnegative_path` where N is one or T is small, by
-      `lower_bounded_qp` otherwise.
-
-    >>> a = jnp.array([[1.0, -0.5], [-0.5, 1.0]])
-    >>> quadratic_above(a, jnp.eye(2)).tolist()
-    [[1.0, 0.5], [0.5, 1.0]]
-    """
-    if lower.shape[0] > 1 and lower.shape[1] > _FEW:
-        return lower_bounded_qp(matrix, lower)
-    cosines, inverse = unit_diagonal(matrix)
-    slope = spread_slope(inverse)
-    offsets = (lower @ matrix) * inverse
-    sizes = jnp.maximum(jnp.max(jnp.abs(offsets), 1, keepdims=True), _tiny(lower))
-    follow = jax.vmap(lambda q: nonnegative_path(cosines, q, slope))
-    return lower + follow(offsets / sizes) * sizes * inverse
-
-
-def lower_bounded_qp(matrix: chex.Array, lower: chex.Array) -> chex.Array:
-    r"""Minimises many quadratics of one matrix above lower bounds.
-
-      min_v 1/2 v^T A v   such that   v >= l,   one v for each row l of `lower`
-
-    A few sweeps of coordinate descent settle the mild problems; what is left goes to
-    conjugate gradients on the free entries, with projected steps where bounds are met
-    (Dostal & Schoeberl 2005, "Minimizing Quadratic Functions Subject to Bound
-    Constraints with the Rate of Convergence and Finite Termination").
+    Exactly, by `nonnegative_path`, where there is one row or there are few tasks. For
+    many, sweeps of coordinate descent over all rows at once are cheaper and settle all
+    but badly conditioned problems, which then follow their paths a few rows at a time.
 
     Args:
       matrix: A, [T, T], positive definite.
@@ -214,102 +178,56 @@ def lower_bounded_qp(matrix: chex.Array, lower: chex.Array) -> chex.Array:
       [N, T].
 
     >>> a = jnp.array([[1.0, -0.5], [-0.5, 1.0]])
-    >>> lower_bounded_qp(a, jnp.eye(2)).tolist()
+    >>> quadratic_above(a, jnp.eye(2)).tolist()
     [[1.0, 0.5], [0.5, 1.0]]
     """
-    cosines, inverse = unit_diagonal(matrix)
-    lengths = jnp.sqrt(jnp.diag(matrix))
-    lower = lower * lengths
-    size = jnp.maximum(jnp.max(jnp.abs(lower), 1, keepdims=True), _tiny(lower))
-    lower = lower / size
-    start, settled = _coordinate_descent(cosines, lower)
-    found = _bounded_cg(cosines, lower, start, settled)
-    return jnp.maximum(found, lower) * size * inverse
+    cosines, norms, inverse = cosine_gram("quadratic_above", matrix)
+    bounds = lower * norms[None, :]
+    sizes = jnp.maximum(jnp.max(jnp.abs(bounds), 1, keepdims=True), _tiny(lower))
+    bounds = bounds / sizes
+    slope = spread_slope(inverse)
+    follow = jax.vmap(lambda q: nonnegative_path(cosines, q, slope))
+    if lower.shape[0] == 1 or lower.shape[1] <= _FEW:
+        above = follow(dot(bounds, cosines))
+    else:
+        above, settled = _coordinate_descent(cosines, bounds)
+        above = _in_blocks(follow, dot(bounds, cosines), above, settled)
+    return lower + above * sizes * inverse[None, :]
 
 
-def _tiny(like: chex.Array) -> chex.Array:
-    return jnp.asarray(jnp.finfo(like.dtype).tiny, like.dtype)
+def _coordinate_descent(matrix, bounds):
+    """Gauss-Seidel over tasks, all rows at once: heights, and whether they stand."""
+    tolerance = 10 * float(jnp.finfo(bounds.dtype).eps)
+    offsets = dot(bounds, matrix).T
 
-
-def _tolerance(like: chex.Array) -> float:
-    """A gradient that rounding explains, for rows of size one."""
-    return 10 * float(jnp.finfo(like.dtype).eps)
-
-
-def _coordinate_descent(cosines, lower):
-    """Gauss-Seidel over tasks, all rows at once: a point, and whether it stands."""
-    tolerance = _tolerance(lower)
-    bounds = lower.T
-
-    def visit(j, point):
-        moved = point[j] - cosines[j] @ point
-        return point.at[j].set(jnp.maximum(bounds[j], moved))
+    def visit(j, heights):
+        moved = heights[j] - dot(matrix[j], heights) - offsets[j]
+        return heights.at[j].set(jnp.maximum(moved, 0))
 
     def sweep(carry):
-        point, _, count = carry
-        moved = jax.lax.fori_loop(0, lower.shape[1], visit, point)
-        return moved, jnp.max(jnp.abs(moved - point)), count + 1
+        heights, _, count = carry
+        moved = jax.lax.fori_loop(0, matrix.shape[0], visit, heights)
+        return moved, jnp.max(jnp.abs(moved - heights)), count + 1
 
     def moving(carry):
         return (carry[1] > tolerance) & (carry[2] < _SWEEPS)
 
-    infinite = jnp.full((), jnp.inf, lower.dtype)
-    point, change, _ = jax.lax.while_loop(moving, sweep, (bounds, infinite, 0))
-    return point.T, change <= tolerance
+    unknown = jnp.full((), jnp.inf, bounds.dtype)
+    start = jnp.zeros_like(offsets), unknown, 0
+    heights, change, _ = jax.lax.while_loop(moving, sweep, start)
+    return heights.T, ~(change > tolerance)
 
 
-def _bounded_cg(matrix, lower, start, settled):
-    """Proportioning with reduced gradient projections, all rows at once."""
-    tolerance = _tolerance(lower)
-    # The largest eigenvalue is at most the largest row sum.
-    stride = 1.9 / jnp.max(jnp.sum(jnp.abs(matrix), 1))
+def _in_blocks(f, inputs, outputs, skip):
+    """`f(inputs)` by blocks of rows, or where `skip` is true `outputs` as they are."""
+    count, width = inputs.shape
+    rows = min(_BLOCK, count)
+    blocks = -(-count // rows)
 
-    def split(point, gradient):
-        """The gradient where the point may move both ways, and where only upwards."""
-        free = point > lower
-        return (
-            jnp.where(free, gradient, 0),
-            jnp.where(free, 0, jnp.minimum(gradient, 0)),
-        )
+    def block(i, outputs):
+        # The last block starts early where it would not fit, and repeats some rows.
+        at = jnp.minimum(i * rows, count - rows), 0
+        part = jax.lax.dynamic_slice(inputs, at, (rows, width))
+        return jax.lax.dynamic_update_slice(outputs, f(part), at)
 
-    def row_sum(x):
-        return jnp.sum(x, 1, keepdims=True)
-
-    def step(carry):
-        point, gradient, direction, _, count = carry
-        free, pinned = split(point, gradient)
-        reduced = jnp.minimum((point - lower) / stride, free)
-        proportional = row_sum(pinned * pinned) <= row_sum(reduced * free)
-        direction = jnp.where(proportional, direction, pinned)
-        image = direction @ matrix
-        curvature = row_sum(direction * image)
-        inverse = jnp.where(
-            curvature > 0, 1 / jnp.where(curvature > 0, curvature, 1), 0
-        )
-        wanted = row_sum(gradient * direction) * inverse
-        falls = direction > 0
-        room = (point - lower) / jnp.where(falls, direction, 1)
-        allowed = jnp.min(jnp.where(falls, room, jnp.inf), 1, keepdims=True)
-        whole = ~proportional | (wanted <= allowed)
-        length = jnp.where(whole, wanted, allowed)
-        point = jnp.maximum(point - length * direction, lower)
-        gradient = gradient - length * image
-        free, _ = split(point, gradient)
-        conjugate = free - row_sum(free * image) * inverse * direction
-        # A row that met a bound goes on along its gradient and is projected back.
-        point = jnp.where(whole, point, jnp.maximum(point - stride * free, lower))
-        gradient = jax.lax.cond(
-            jnp.all(whole), lambda p, g: g, lambda p, g: p @ matrix, point, gradient
-        )
-        free, pinned = split(point, gradient)
-        direction = jnp.where(whole & proportional, conjugate, free)
-        return point, gradient, direction, jnp.max(jnp.abs(free + pinned)), count + 1
-
-    def moving(carry):
-        return (carry[3] > tolerance) & (carry[4] < _CG_STEPS)
-
-    gradient = start @ matrix
-    free, _ = split(start, gradient)
-    infinite = jnp.full((), jnp.inf, lower.dtype)
-    error = jnp.where(settled, 0, infinite)
-    return jax.lax.while_loop(moving, step, (start, gradient, free, error, 0))[0]
+    return jax.lax.fori_loop(jnp.where(skip, blocks, 0), blocks, block, outputs)

@@ -12,8 +12,8 @@ from mtl_jax.transforms.aggregation._base import (
 )
 from mtl_jax.transforms.aggregation._dual_proj import (
     check_regularization,
-    preference_of,
     regularized,
+    wanted,
 )
 
 
@@ -31,7 +31,8 @@ def weights(
     Args:
       gram: [T, T], inner products of task gradients.
       preference: p, [T], non-negative; 1 / T each where not given.
-      regularization: eps.
+      regularization: eps. Gradients shorter than about its root, against all others
+        together, are not protected.
 
     Returns:
       [T] float32, at least `preference`.
@@ -50,7 +51,7 @@ def weights(
     """
     check_regularization("upgrad", regularization)
     gram = gram_of("upgrad", gram)
-    lower = jnp.diag(preference_of("upgrad", preference, gram))
+    lower = jnp.diag(wanted("upgrad", preference, gram))
     matrix = regularized(gram, regularization)
     return jnp.sum(_solvers.quadratic_above(matrix, lower), 0)
 
