@@ -7,15 +7,21 @@ compilation.
 
 from mtl_jax.kernels.bits import num_bytes, pack_bits, unpack_bits
 from mtl_jax.kernels.catalogue import list_kernels
+from mtl_jax.kernels.gram.api import gram, gram_tree
 from mtl_jax.kernels.masked_restore.api import masked_restore
 from mtl_jax.kernels.tall_pack.api import TallPack, tall_pack
+from mtl_jax.kernels.weighted_combine.api import combine_tree, weighted_combine
 
 __all__ = [
     "TallPack",
+    "combine_tree",
+    "gram",
+    "gram_tree",
     "list_kernels",
     "masked_restore",
     "num_bytes",
     "pack_bits",
     "tall_pack",
     "unpack_bits",
+    "weighted_combine",
 ]

@@ -1,0 +1,1 @@
+"""Inner products between tasks from one reading of a task tree."""

@@ -1,0 +1,1 @@
+"""Weighted sums over tasks from one reading of a task tree."""
