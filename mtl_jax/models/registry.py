@@ -11,6 +11,7 @@ from mtl_jax.models import multitask
 from mtl_jax.models.backbones import bert, mlp, small_conv, vit
 from mtl_jax.models.backbones.bert import Bert
 from mtl_jax.models.backbones.mlp import Mlp
+from mtl_jax.models.backbones.sentence import SentenceEncoder
 from mtl_jax.models.backbones.small_conv import SmallConv
 from mtl_jax.models.backbones.vit import CLIP_OPTIONS, SIZES, ViT
 from mtl_jax.models.heads import classifier
@@ -24,6 +25,7 @@ _MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
         {"width": 768, "depth": 12, "num_heads": 12, "mlp_dim": 3072},
     ),
     "minilm-l6": (Bert, {}),
+    "sentence-minilm-l6": (SentenceEncoder, {"make_encoder": Bert}),
     "small-conv": (SmallConv, {}),
     "vit": (ViT, {}),
     "vit-ti/16": (ViT, {"patch_size": 16, **SIZES["ti"]}),
@@ -49,6 +51,7 @@ _MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 _RULES: dict[type[nn.Module], Rules] = {
     Bert: bert.SHARDING_RULES,
     Mlp: mlp.SHARDING_RULES,
+    SentenceEncoder: bert.SHARDING_RULES,
     SmallConv: small_conv.SHARDING_RULES,
     ViT: vit.SHARDING_RULES,
     classifier.Classifier: classifier.SHARDING_RULES,

@@ -22,12 +22,12 @@ _CITATION = """@article{goldstein1993multilevel,
 _BANDS = ("bottom 25%", "mid 50%", "top 25%")
 
 
-def assign(groups: np.ndarray, keys: Sequence[object]) -> np.ndarray:
+def assign(groups: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """Split number of each row: 60 / 20 / 20 % of every group, in order of hash.
 
     Args:
       groups: [N]; each needs at least `MIN_ROWS` rows.
-      keys: N identities; the result depends on them and not on the rows' order.
+      keys: [N] identities; the result depends on them and not on the rows' order.
 
     Returns:
       [N] of 0 (train), 1 (validation) and 2 (test).
@@ -45,7 +45,7 @@ def assign(groups: np.ndarray, keys: Sequence[object]) -> np.ndarray:
 
 def tables(
     groups: np.ndarray,
-    keys: Sequence[object],
+    keys: np.ndarray,
     features: np.ndarray,
     target: np.ndarray,
     *,
@@ -58,7 +58,7 @@ def tables(
 
     Args:
       groups: [N] identities of the tasks, numbered in sorted order.
-      keys: N identities of the rows.
+      keys: [N] identities of the rows.
       features: [N, D].
       target: [N].
       scale_target: whether to standardise it.
@@ -68,7 +68,7 @@ def tables(
     order = np.cumsum(counts >= MIN_ROWS) - 1
     groups, task = values[task[keep]], order[task[keep]]
     features, target = features[keep], target[keep]
-    split = assign(groups, [keys[i] for i in keep])
+    split = assign(groups, keys[keep])
     train = split == 0
     number = ~np.isin(features, (0, 1)).all(0)
     mean = np.where(number, features[train].mean(0), 0)

@@ -2,7 +2,6 @@
 
 from mtl_jax.models.multitask.base import (
     SHARDING_RULES,
-    Factory,
     MultiTaskModule,
     TaskHead,
 )
@@ -27,7 +26,6 @@ __all__ = [
     "SHARDING_RULES",
     "CrossStitch",
     "DSelectK",
-    "Factory",
     "HardSharing",
     "MMoE",
     "MultiTaskModule",

@@ -120,9 +120,9 @@ class MTAN(MultiTaskModule, kw_only=True):
     def feature(self, z, task: int) -> chex.Array:
         """The last stage's features under the task's masks."""
         name = self.task_names[task]
-        attended, carried = None, None
-        for level, shared in enumerate((*z["stages"], z["shared"])):
-            if attended is not None:
-                carried = self.carry[name][level - 1](attended, shared)
-            attended = self.attend[name][level](shared, carried) * shared
+        first, *later = *z["stages"], z["shared"]
+        attended = self.attend[name][0](first, None) * first
+        for level, shared in enumerate(later):
+            carried = self.carry[name][level](attended, shared)
+            attended = self.attend[name][level + 1](shared, carried) * shared
         return attended
