@@ -27,6 +27,28 @@ def census(*, steps: int = 600) -> tuple[Part, Part, Part]:
     return problem, _hard(backbone), _training(steps, 128, 2e-3)
 
 
+def schools(*, steps: int = 300) -> tuple[Part, Part, Part]:
+    """Exam scores, one regression per school."""
+    backbone = {"model": "mlp", "features": (32,), "activate_final": True}
+    return {"name": "schools"}, _hard(backbone), _training(steps, 256, 5e-3)
+
+
+def texts(*, steps: int = 100) -> tuple[Part, Part, Part]:
+    """Six text tasks, each on texts of its own, MiniLM with its embeddings frozen."""
+    problem = {
+        "name": "text_six",
+        "train": 600,
+        "validation": 64,
+        "test": 128,
+        "pretrained": "minilm",
+        "frozen": ("(^|/)embeddings/",),
+    }
+    backbone = {"model": "sentence-minilm-l6"}
+    training = _training(steps, 24, 1e-4)
+    training["optimizer"] |= {"name": "adamw", "clip_norm": 1.0}
+    return problem, _hard(backbone), training
+
+
 def tiny() -> tuple[Part, Part, Part]:
     """Two overlaid digits, too few of them to mean anything."""
     problem = {"name": "multi_digits", "train": 64, "validation": 32, "test": 32}
