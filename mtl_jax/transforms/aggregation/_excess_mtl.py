@@ -11,6 +11,7 @@ from mtl_jax.transforms.aggregation import _tracked
 from mtl_jax.transforms.aggregation._base import Aggregator, from_gradients
 
 _TINY = 1e-7
+_BLOCK = 8192
 
 
 class ExcessMtlState(NamedTuple):
@@ -29,18 +30,60 @@ class ExcessMtlState(NamedTuple):
     logits: chex.Array
 
 
-def _excess(squares: Any, task_grads: Any) -> chex.Array:
-    """[T], `sum g^2 / sqrt(squares)` with each task's own squares."""
+def _advance(squares: chex.Array, g: chex.Array) -> tuple[chex.Array, chex.Array]:
+    """New squares of one leaf, and its part of the excess [T]."""
+    squares = squares + jnp.square(g)
+    axes = tuple(range(1, g.ndim))
+    excess = jax.lax.dot_general(
+        g,
+        g * jax.lax.rsqrt(squares + _TINY),
+        ((axes, axes), ((0,), (0,))),
+        precision="highest",
+    )
+    return squares, excess.astype(jnp.float32)
+
+
+def _advance_blocked(
+    squares: chex.Array, g: chex.Array
+) -> tuple[chex.Array, chex.Array]:
+    """As `_advance`, by slices of the flat view: fast where memory is cached."""
+    shape = g.shape
+    squares, g = (x.reshape(shape[0], -1) for x in (squares, g))
+    blocks = g.shape[1] // _BLOCK
+
+    def body(i, carry):
+        excess, squares = carry
+        s, part = (
+            jax.lax.dynamic_slice(x, (0, i * _BLOCK), (shape[0], _BLOCK))
+            for x in (squares, g)
+        )
+        s, more = _advance(s, part)
+        moved = jax.lax.dynamic_update_slice(squares, s, (0, i * _BLOCK))
+        return excess + more, moved
+
+    start = jnp.zeros(shape[0], jnp.float32)
+    excess, squares = jax.lax.fori_loop(0, blocks, body, (start, squares))
+    rest, more = _advance(squares[:, blocks * _BLOCK :], g[:, blocks * _BLOCK :])
+    squares = jax.lax.dynamic_update_slice(squares, rest, (0, blocks * _BLOCK))
+    return squares.reshape(shape), excess + more
+
+
+def _advance_all(squares: Any, task_grads: Any) -> tuple[Any, chex.Array]:
+    """New squares, and the excess [T], `sum g^2 / sqrt(squares)`."""
 
     def leaf(s, g):
+        if not tree.is_inexact(g):
+            return s, jnp.zeros(g.shape[0], jnp.float32)
         g = g.astype(s.dtype)
-        return jnp.sum(
-            g * g * jax.lax.rsqrt(s + _TINY), tuple(range(1, g.ndim))
-        ).astype(jnp.float32)
+        # Slicing a flat view would gather a sharded leaf; one device shards nothing.
+        if jax.device_count() > 1 or g[0].size <= _BLOCK:
+            return _advance(s, g)
+        return jax.lax.platform_dependent(s, g, cpu=_advance_blocked, default=_advance)
 
-    pairs = zip(jax.tree.leaves(squares), jax.tree.leaves(task_grads), strict=True)
-    found = [leaf(s, g) for s, g in pairs if tree.is_inexact(g)]
-    return sum(found[1:], found[0])
+    leaves, treedef = jax.tree.flatten(squares)
+    pairs = zip(leaves, jax.tree.leaves(task_grads), strict=True)
+    moved, excess = zip(*(leaf(s, g) for s, g in pairs), strict=True)
+    return jax.tree.unflatten(treedef, moved), sum(excess[1:], excess[0])
 
 
 def excess_mtl(
@@ -79,17 +122,15 @@ def excess_mtl(
         raise ValueError(f"excess_mtl: warmup is {warmup}, wanted 1 or more")
 
     def init(params):
-        none = jnp.zeros(num_tasks, jnp.float32)
+        # Arrays of their own each: one buffer cannot be donated twice.
+        baseline, logits = jnp.zeros((2, num_tasks), jnp.float32)
         squares = _tracked.zeros(params, num_tasks)
-        return ExcessMtlState(jnp.zeros((), jnp.int32), squares, none, none)
+        return ExcessMtlState(jnp.zeros((), jnp.int32), squares, baseline, logits)
 
     def update(task_grads, state, **extra):
         del extra
         _tracked.check_count("excess_mtl", task_grads, num_tasks)
-        squares = _tracked.track(
-            state.squares, task_grads, lambda s, g: s + jnp.square(g)
-        )
-        excess = _excess(squares, task_grads)
+        squares, excess = _advance_all(state.squares, task_grads)
         warm = state.step < warmup
         baseline = state.baseline + jnp.where(warm, excess / warmup, 0)
         relative = excess / (baseline + _TINY)

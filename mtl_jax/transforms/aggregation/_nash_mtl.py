@@ -98,8 +98,9 @@ def nash_mtl(num_tasks: int, *, max_norm: float = 1.0, every: int = 1) -> Aggreg
         raise ValueError(f"nash_mtl: every is {every}, wanted 1 or more")
 
     def init():
-        ones = jnp.ones(num_tasks, jnp.float32)
-        return NashState(jnp.zeros((), jnp.int32), ones, ones)
+        # Arrays of their own each: one buffer cannot be donated twice.
+        found, shares = jnp.ones((2, num_tasks), jnp.float32)
+        return NashState(jnp.zeros((), jnp.int32), found, shares)
 
     def weigh(gram, state, **extra):
         del extra

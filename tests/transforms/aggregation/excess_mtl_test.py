@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mtl_jax import aggregation
+from mtl_jax.transforms.aggregation import _excess_mtl
 
 pytestmark = pytest.mark.fast
 
@@ -55,3 +56,16 @@ def test_refusals():
     tx = aggregation.excess_mtl(2)
     with pytest.raises(ValueError, match="excess_mtl: 3 tasks, wanted num_tasks = 2"):
         tx.update({"w": jnp.ones((3, 2))}, tx.init({"w": jnp.zeros(2)}))
+
+
+@pytest.mark.parametrize("shape", [(3, 8192), (3, 2, 8192), (2, 20_000)])
+def test_by_slices_is_the_same(shape):
+    rng = np.random.default_rng(0)
+    squares = jnp.asarray(rng.uniform(0, 2, size=shape), jnp.float32)
+    grads = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    want, found = (
+        jax.jit(f)(squares, grads)
+        for f in (_excess_mtl._advance, _excess_mtl._advance_blocked)
+    )
+    for one, two in zip(want, found, strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-5)
