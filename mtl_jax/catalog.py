@@ -61,8 +61,9 @@ class SystemSpec:
       title: title of the paper.
       year: year of the paper.
       family: one of `FAMILIES`.
-      kind: "trainable" (build returns a Trainable), "posthoc" (edits trained
-        parameters), or "servable" (acts at inference).
+      kind: "trainable" (build returns a `multitask.Contest` of methods, each of which
+        makes a `Trainable`), "posthoc" (edits trained parameters), or "servable" (acts
+        at inference).
       reference: BibTeX entry.
       uses: primitives it is composed of, such as "merging.ties", each reached by
         the module's own imports.
