@@ -17,7 +17,6 @@ from mtl_jax.transforms.aggregation._base import (
 from mtl_jax.transforms.aggregation._cagrad import cagrad
 from mtl_jax.transforms.aggregation._combinators import (
     ReuseState,
-    cross_gram,
     every_k,
     normalize,
     per_group,
@@ -27,6 +26,7 @@ from mtl_jax.transforms.aggregation._combinators import (
 from mtl_jax.transforms.aggregation._config import config
 from mtl_jax.transforms.aggregation._constant import constant
 from mtl_jax.transforms.aggregation._cr_mogm import AverageState, cr_mogm
+from mtl_jax.transforms.aggregation._cross_gram import cross_gram
 from mtl_jax.transforms.aggregation._db_mtl import DbMtlState, db_mtl
 from mtl_jax.transforms.aggregation._dual_proj import dual_proj
 from mtl_jax.transforms.aggregation._engines import (

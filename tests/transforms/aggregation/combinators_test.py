@@ -149,21 +149,6 @@ def test_every_k_refusals():
         aggregation.every_k(aggregation.trimmed_mean(), num_tasks=2, k=2)
 
 
-def test_cross_gram_is_the_product_of_two_batches():
-    first, second = grads_of(0), grads_of(1)
-
-    def flat(g):
-        return np.concatenate(
-            [np.reshape(x, (3, -1)) for x in jax.tree.leaves(g)], 1, dtype=np.float64
-        )
-
-    np.testing.assert_allclose(
-        aggregation.cross_gram(first, second), flat(first) @ flat(second).T, rtol=1e-5
-    )
-    with pytest.raises(ValueError, match="cross_gram: 'c' is in first but not in sec"):
-        aggregation.cross_gram(first, {"a": second["a"]})
-
-
 def test_combinators_combine():
     tx = aggregation.normalize(
         aggregation.cr_mogm(
