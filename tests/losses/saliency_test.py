@@ -12,8 +12,6 @@ import pytest
 
 from mtl_jax import losses, train
 
-pytestmark = pytest.mark.fast
-
 SHAPES = [(3, 4, 5), (2, 3, 2, 2, 4), (1, 2, 3), (3, 4, 6, 2)]
 
 
@@ -66,6 +64,7 @@ def contrast(s, tau):
     return total
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("shape", SHAPES)
 def test_1_entropy_is_that_of_the_paper(shape):
     s = draw(shape)
@@ -132,11 +131,13 @@ def test_4_order_of_samples_and_tasks_does_not_count():
         )
 
 
+@pytest.mark.fast
 def test_4_one_example_has_nothing_to_contrast_with():
     with pytest.raises(ValueError, match="csa_loss: one example in the batch"):
         losses.csa_loss(jnp.ones((2, 1, 3)))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 3, 9, 4), (4, 2, 3, 3, 2)])
 @pytest.mark.parametrize("tau", [0.1, 1.0])
 def test_7_contrast_equals_the_explicit_matrices(shape, tau):
@@ -286,6 +287,7 @@ def test_parts():
     np.testing.assert_allclose(value, want, rtol=1e-5)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("run", "message"),
     [

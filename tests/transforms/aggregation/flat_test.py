@@ -8,8 +8,6 @@ import pytest
 
 from mtl_jax import aggregation, train
 
-pytestmark = pytest.mark.fast
-
 RNG = np.random.default_rng(0)
 MODES = ("direct", "each", "individual", "second")
 METHODS = {
@@ -37,6 +35,7 @@ def close(a, b, rtol=1e-5, atol=1e-6):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol, atol), a, b)
 
 
+@pytest.mark.fast
 def test_perturbation_has_length_rho_and_the_gradient_direction():
     g = {"a": jnp.array([[3.0], [0.0]]), "b": jnp.array(4.0)}
     step = aggregation.sam_perturbation(g, 0.5)
@@ -57,6 +56,7 @@ def test_modes_by_hand():
     g, s, method = rows(0), rows(1), aggregation.pcgrad(seed=3)
     f = jax.tree.map(jnp.subtract, s, g)
 
+    @jax.jit
     def run(x):
         return method.update(x, method.init(PARAMS))[0]
 
@@ -90,6 +90,7 @@ def test_1_without_radius_it_is_the_aggregator(name):
         jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+@pytest.mark.fast
 def test_2_for_a_sum_splitting_changes_nothing():
     g, s = rows(0), rows(1)
     want = jax.tree.map(lambda x: jnp.sum(x, 0), s)
@@ -154,6 +155,7 @@ def test_3_without_heads_it_is_plain_sam():
     np.testing.assert_allclose(got, want, rtol=1e-4)
 
 
+@pytest.mark.fast
 def test_4_flatness_of_a_quadratic_in_closed_form():
     loss_fn, params, hessians = problem(tasks=3)
     found = aggregation.flat_task_grads(
@@ -282,6 +284,7 @@ def call(mode="individual", **options):
     return flat.update(rows(), flat.init(PARAMS), **options)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("run", "message"),
     [

@@ -6,8 +6,6 @@ import pytest
 
 from mtl_jax import weighting
 
-pytestmark = pytest.mark.fast
-
 GRADS = {"w": jnp.array([[1.0, 0.0], [0.5, 2.0]])}
 HISTORY = jnp.array([[1.0, 2.0], [0.9, 1.0], [0.8, 0.7], [0.7, 0.6]])
 
@@ -61,6 +59,7 @@ def test_default_optimizer_learns():
     assert (state.method.params["log_variance"] != 0).all()
 
 
+@pytest.mark.fast
 def test_forbidden_losses_stop_the_step():
     tx = weighting.as_aggregator(weighting.geometric_mean(), 2)
     losses = jnp.array([1.0, 0.0])

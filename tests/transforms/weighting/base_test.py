@@ -10,8 +10,6 @@ import pytest
 
 from mtl_jax import weighting
 
-pytestmark = pytest.mark.fast
-
 W = [0.5, 0.2, 0.3]
 Z = [0.1, 0.2, 0.3]
 F = [0.5, 1.0, 1.0]
@@ -86,6 +84,7 @@ def test_equals_the_formula_in_float64(name, losses):
     )
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ORACLES)
 def test_weights_are_the_slope_of_the_formula(name):
     """FAMO holds its normaliser constant: there the slope of the constant is absent."""
@@ -188,6 +187,7 @@ def test_no_task_present_is_zero_loss(name):
     np.testing.assert_array_equal(weights, np.zeros(3))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", POSITIVE)
 def test_forbidden_losses(name):
     """Named where values are known; clipped and flagged where they are not."""
@@ -257,6 +257,7 @@ def test_low_precision_is_widened():
     assert method.loss(losses, *method.init(2)).dtype == jnp.float32
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("losses", [jnp.ones(()), jnp.ones((2, 2)), jnp.ones(0)])
 def test_losses_are_a_vector(losses):
     with pytest.raises(ValueError, match=r"sum: losses are .*, wanted one per task"):
@@ -274,6 +275,7 @@ def test_no_tasks():
         weighting.sum().init(0)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("make", "message"),
     [
