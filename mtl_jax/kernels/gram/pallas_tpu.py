@@ -61,10 +61,8 @@ def _pairs_kernel(x_ref, out_ref, *, limits):
         jnp.zeros((tasks - t, _SUBLANES, LANES), jnp.float32) for t in range(tasks)
     ]
     sums = jax.lax.fori_loop(0, rows // ROWS * across, chunk, tuple(zeros))
-    first = 0
-    for total in sums:
-        out_ref[first : first + total.shape[0]] += total
-        first += total.shape[0]
+    for t, total in enumerate(sums):
+        out_ref[t, t:, :, :] += total
 
 
 def _rows_kernel(x_ref, out_ref, *, limits):
@@ -110,15 +108,13 @@ def _launch(x: chex.Array, *, interpret: bool) -> chex.Array:
     """Upper triangle, at least, of the [T, T] of x [T, rows, lanes] or [T, n]."""
     tasks, limits = x.shape[0], x.shape[1:]
     block = tpu_tasks.block(x.shape, tasks)
-    paired = x.ndim == 3 and tasks <= _MAX_PAIRED
-    if paired:
-        kernel, out_shape = (
-            _pairs_kernel,
-            (tasks * (tasks + 1) // 2, _SUBLANES, LANES),
-        )
+    out_shape = (tasks, tasks)
+    if x.ndim == 2:
+        kernel = _flat_kernel
+    elif tasks > _MAX_PAIRED:
+        kernel = _rows_kernel
     else:
-        kernel = _rows_kernel if x.ndim == 3 else _flat_kernel
-        out_shape = (tasks, tasks)
+        kernel, out_shape = _pairs_kernel, (tasks, tasks, _SUBLANES, LANES)
     out = pl.pallas_call(
         functools.partial(kernel, limits=limits),
         grid=tuple(map(pl.cdiv, limits, block)),
@@ -128,10 +124,7 @@ def _launch(x: chex.Array, *, interpret: bool) -> chex.Array:
         interpret=interpret,
         name="gram",
     )(x)
-    if not paired:
-        return out
-    upper = jnp.triu_indices(tasks)
-    return jnp.zeros((tasks, tasks), jnp.float32).at[upper].set(out.sum((1, 2)))
+    return out.sum(tuple(range(2, out.ndim)))
 
 
 def gram(leaves: list[chex.Array], *, interpret: bool = False) -> chex.Array:
