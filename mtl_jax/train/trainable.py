@@ -42,7 +42,8 @@ class Trainable:
       shared: regexes on leaf paths: what the aggregator acts on. Other leaves, such
         as those of heads, get the plain sum of the task gradients.
       grads: how task gradients are had. "map": one after another. "vmap": all at once.
-        "gramian": never formed; for methods that need inner products only. "auto":
+        "gramian": never formed, for methods that need inner products only; saves the
+        memory of T gradients, and costs about twice the products of "map". "auto":
         "gramian" where method and model allow it, else "map". "features": the
         aggregator acts on the gradients at the shared representation of a
         `aggregation.SplitLoss`, for the price of one backward pass. "flat": each

@@ -6,7 +6,8 @@ task, the *pullback* `e [T] -> J^T e`, J being the Jacobian [T, P] of the losses
   map      J, one row after another; the memory of one backward pass besides J.
   vmap     J, all rows at once.
   gramian  G = J J^T without J. Row j is `J (J^T e_j)`; the transpose of the pullback
-           gives `u -> J u`. Any weighted sum of the rows is then one pullback.
+           gives `u -> J u`. Any weighted sum of the rows is then one pullback. Takes
+           about twice the products of map, and the memory of one gradient.
 """
 
 from collections.abc import Callable
