@@ -1,7 +1,7 @@
 """Multi-task problems, and the methods that are compared on them."""
 
 from mtl_jax.multitask import presets
-from mtl_jax.multitask.assemble import ARCHITECTURES, assemble, build
+from mtl_jax.multitask.assemble import ARCHITECTURES, assemble, build, outline
 from mtl_jax.multitask.methods import (
     Contest,
     Method,
@@ -29,6 +29,7 @@ __all__ = [
     "assemble",
     "baselines",
     "build",
+    "outline",
     "presets",
     "regularised",
     "scalarised",

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import PartitionSpec
 
 from mtl_jax import data, io, models
 from mtl_jax.data import packages, wheels
@@ -72,6 +74,50 @@ def _factory(name: str, part: Any) -> Any:
     return tuple(_factory(name, each) for each in part)
 
 
+def _rules(module: models.multitask.MultiTaskModule, model: Mapping[str, Any]) -> Any:
+    """Sharding rules of an architecture and its parts; the rest is replicated."""
+    given = [model[name] for name in _PARTS if model.get(name)]
+    parts = [[p] if isinstance(p, Mapping) else p for p in given]
+    found = [module, *(_factory("part", p)() for each in parts for p in each)]
+    kinds = {type(each): each for each in found}
+    return (*models.sharding_rules(*kinds.values()), (".*", PartitionSpec()))
+
+
+def outline(name: str, model: Mapping[str, Any], **options: Any) -> Problem:
+    """A problem of the right shapes without its data: one row of zeros a split.
+
+    Args:
+      name: see `data.multitask.names()`.
+      model: see `build`.
+      **options: of `assemble`; limits and pretrained weights are left out.
+    """
+    about = data.multitask.get(name)
+    rows = {
+        key: np.zeros((1, *part.shape), part.dtype)
+        for key, part in about.inputs.items()
+    }
+    rows |= {key: np.zeros(1, dtype) for key, dtype in about.labels.items()}
+    splits = dict.fromkeys(("train", "validation", "test"), rows)
+    return _problem(about, model, splits, None, options.get("frozen", ()))
+
+
+def _problem(
+    about: Any, model: Mapping[str, Any], splits: Any, pretrained: Any, frozen: Any
+) -> Problem:
+    module = build(outputs=about.outputs, **model)
+    return Problem(
+        name=about.name,
+        targets=about.tasks,
+        inputs=tuple(about.inputs),
+        splits=splits,
+        model=module,
+        about={**model, "pretrained": pretrained, "frozen": list(frozen)},
+        rules=_rules(module, model),
+        frozen=tuple(frozen),
+        loaded=_minilm if pretrained else None,
+    )
+
+
 def assemble(
     name: str,
     model: Mapping[str, Any],
@@ -109,16 +155,7 @@ def assemble(
         raise ValueError(
             f"assemble: pretrained wants None or 'minilm', found {pretrained!r}"
         )
-    return Problem(
-        name=name,
-        targets=about.tasks,
-        inputs=tuple(about.inputs),
-        splits=splits,
-        model=build(outputs=about.outputs, **model),
-        about={**model, "pretrained": pretrained, "frozen": list(frozen)},
-        frozen=frozen,
-        loaded=_minilm if pretrained else None,
-    )
+    return _problem(about, model, splits, pretrained, frozen)
 
 
 def _minilm(params: Any) -> Any:

@@ -80,7 +80,12 @@ class Contest:
 
 def _plain(problem: Problem, loss_fn: Any, tx: Any, **options: Any) -> train.Trainable:
     return train.Trainable(
-        init=problem.init, loss_fn=loss_fn, tx=tx, frozen=problem.frozen, **options
+        init=problem.init,
+        loss_fn=loss_fn,
+        tx=tx,
+        rules=problem.rules,
+        frozen=problem.frozen,
+        **options,
     )
 
 

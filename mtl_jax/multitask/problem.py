@@ -10,9 +10,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from mtl_jax import io, losses, metrics, models
 from mtl_jax.data.multitask import Target
+from mtl_jax.models.layers.sharding import Rules
 
 Rows = Mapping[str, np.ndarray]
 _EVALUATION_BATCH = 256
@@ -33,6 +35,7 @@ class Problem:
       model: a `models.multitask.MultiTaskModule` whose outputs are the targets.
       about: plain data that tell the model from every other; part of the address of
         what is measured on the problem.
+      rules: sharding rules of the parameters, see `train.Trainable`.
       frozen: regexes on leaf paths that no method trains.
       loaded: `loaded(params) -> params` puts pretrained weights into fresh ones.
     """
@@ -43,6 +46,7 @@ class Problem:
     splits: Mapping[str, Rows]
     model: models.multitask.MultiTaskModule
     about: Mapping[str, Any]
+    rules: Rules = ((".*", PartitionSpec()),)
     frozen: tuple[str, ...] = ()
     loaded: Callable[[chex.ArrayTree], chex.ArrayTree] | None = None
 

@@ -189,10 +189,13 @@ def _mesh(config: ConfigDict, batch_size: int) -> jax.sharding.Mesh:
 def preflight(
     config: ConfigDict, *, topology: str, mesh: dict[str, int] | None = None
 ) -> Any:
-    """Compiles the fine-tuning step of a config, and all kernels, for a TPU topology.
+    """Compiles the training step of a config, and all kernels, for a TPU topology.
+
+    For a system that edits trained parameters that is the fine-tuning of an expert,
+    for one that trains the last method of its comparison.
 
     Args:
-      config: an experiment whose suite is made of CLIP towers, whose shapes are known
+      config: an experiment; one with a suite needs CLIP towers, whose shapes are known
         without weights.
       topology: such as "v5e:4x4".
       mesh: sizes of the axes; the config's by default.
@@ -205,7 +208,38 @@ def preflight(
     """
     from mtl_jax.train import preflight as preflight_lib
 
-    _system(config)
+    entry, module = _system(config)
+    kind = entry.spec.kind
+    _check_parts(config, kind)
+    step = {"posthoc": _expert_step, "trainable": _contest_step}[kind]
+    trainable, batch = step(config, module)
+    return preflight_lib.preflight(
+        trainable,
+        batch,
+        topology=topology,
+        mesh=mesh or _plain(config.mesh),
+        with_kernels=True,
+    )
+
+
+def _contest_step(config: ConfigDict, module: Any) -> tuple[train.Trainable, Any]:
+    """The last method of a comparison, with a batch of its problem."""
+    problem = multitask.outline(
+        **{**_plain(config.problem), "model": _plain(config.model)}
+    )
+    training = multitask.Settings(**_plain(config.training))
+    method = module.build(config).rows[-1].candidates[0]
+    tx = train.optim.over_steps(training.steps, training.optimizer)
+    batch = {
+        name: jax.ShapeDtypeStruct((training.batch_size, *x.shape[1:]), x.dtype)
+        for name, x in problem.splits["train"].items()
+    }
+    return method.make(problem, tx), batch
+
+
+def _expert_step(config: ConfigDict, module: Any) -> tuple[train.Trainable, Any]:
+    """The fine-tuning of an expert; only towers whose shapes need no weights."""
+    del module
     if config.suite.name != "clip":
         raise ValueError(
             f"preflight: the suite {config.suite.name!r} is meant for a CPU; "
@@ -223,17 +257,11 @@ def preflight(
         "prototypes": jax.ShapeDtypeStruct((width, features.shape[-1]), "float32"),
         "active": jax.ShapeDtypeStruct((width,), "bool"),
     }
-    mode = config.modes[-1]
-    return preflight_lib.preflight(
-        zoo.trainable(encoder, head, settings, mode),
-        {
-            "image": _images(encoder, batch),
-            "label": jax.ShapeDtypeStruct((batch,), "int32"),
-        },
-        topology=topology,
-        mesh=mesh or _plain(config.mesh),
-        with_kernels=True,
-    )
+    trainable = zoo.trainable(encoder, head, settings, config.modes[-1])
+    return trainable, {
+        "image": _images(encoder, batch),
+        "label": jax.ShapeDtypeStruct((batch,), "int32"),
+    }
 
 
 def _images(encoder: zoo.Encoder, count: int) -> jax.ShapeDtypeStruct:
