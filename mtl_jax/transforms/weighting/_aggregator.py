@@ -118,7 +118,8 @@ def as_aggregator(
     inner = from_gramian("as_aggregator", Rule(init, weigh))
 
     def update(updates, state, params=None, **extra):
-        out, new = inner.update(updates, state, params, **extra)
+        found: tuple[Any, Any] = inner.update(updates, state, params, **extra)
+        out, new = found
         return out, new._replace(finite=new.finite & new.method.finite)
 
     return Aggregator(inner.init, update, inner.rule)
