@@ -39,7 +39,8 @@ except ImportError:
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "aggregate_gradients.json"
 CHECKED = 20_000  # columns
-TOLERANCE = 1e-2  # the peer's MGDA stops early
+TOLERANCES = {"mgda": 5e-2, "nash_mtl": 1e-2}  # where the peer stops early
+TOLERANCE = 1e-3
 RANDOM = {"grad_drop", "random", "pcgrad", "grad_vac"}  # other draws, other values
 
 
@@ -174,7 +175,7 @@ def main() -> None:
     for name in set(peers) - RANDOM:
         module = theirs(args.tasks)[name]
         errors[name] = difference(methods[name][0], module, matrix[:, :CHECKED])
-        if errors[name] > TOLERANCE:
+        if errors[name] > TOLERANCES.get(name, TOLERANCE):
             raise SystemExit(f"{name}: {errors[name]} from the peer's update")
     for run in runs.values():
         run()
@@ -182,6 +183,9 @@ def main() -> None:
     for _ in range(args.repeats):
         for name, run in runs.items():
             times[name].append(seconds(run))
+            # What all others are divided by is measured beside each of them.
+            for base in ("one_read", "gram_and_combine"):
+                times[base].append(seconds(runs[base]))
 
     fastest = {name: min(t) for name, t in times.items()}
     two_reads = 2 * fastest["one_read"]
