@@ -123,6 +123,8 @@ def aggregated(
 ) -> Method:
     """Combines the gradients of the shared parameters by an aggregator.
 
+    Those of heads are added up. A weighting weighs the losses, so heads as well.
+
     Args:
       name: of the row.
       aggregator: a factory of `mtl_jax.aggregation`, or one of `mtl_jax.weighting`.
@@ -133,12 +135,13 @@ def aggregated(
     """
 
     def make(problem, tx):
+        made, shared = _make(aggregator, problem, options)
         return _plain(
             problem,
             problem.loss_fn,
             tx,
-            aggregator=_make(aggregator, problem, options),
-            shared=problem.model.shared_paths,
+            aggregator=made,
+            shared=shared,
             grads=grads,
             radii=radii,
             task_names=problem.task_names,
@@ -151,14 +154,17 @@ def aggregated(
     return Method(name=name, make=make, about=about)
 
 
-def _make(factory: Any, problem: Problem, options: Mapping[str, Any]) -> Any:
+def _make(
+    factory: Any, problem: Problem, options: Mapping[str, Any]
+) -> tuple[aggregation.Aggregator, tuple[str, ...]]:
+    """The aggregator, and the leaves that it acts on."""
     count = len(problem.targets)
     if "num_tasks" in inspect.signature(factory).parameters:
         options = {"num_tasks": count, **options}
     made = factory(**options)
     if isinstance(made, weighting.Weighting):
-        return weighting.as_aggregator(made, count)
-    return made
+        return weighting.as_aggregator(made, count), (".*",)
+    return made, problem.model.shared_paths
 
 
 def regularised(

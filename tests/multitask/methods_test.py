@@ -3,7 +3,7 @@ import numpy as np
 import optax
 import pytest
 
-from mtl_jax import multitask
+from mtl_jax import aggregation, multitask, weighting
 
 pytestmark = pytest.mark.fast
 
@@ -36,3 +36,15 @@ def test_rows_and_contests_that_make_no_sense():
         multitask.Row(name="none", candidates=())
     with pytest.raises(ValueError, match=r"unique names, found \['one'\] twice"):
         multitask.Contest(rows=(row, row))
+
+
+def test_aggregators_act_on_shared_leaves_and_weightings_on_all(problem):
+    surgery = multitask.aggregated("PCGrad", aggregation.pcgrad, seed=3)
+    made = surgery.make(problem, optax.sgd(1.0))
+    assert made.shared == problem.model.shared_paths and made.task_names[0] == "sign"
+    assert surgery.about["options"] == {"seed": 3}
+    weighted = multitask.aggregated("UW", weighting.uncertainty)
+    assert weighted.make(problem, optax.sgd(1.0)).shared == (".*",)
+    counted = multitask.aggregated("MoCo", aggregation.moco)
+    assert counted.make(problem, optax.sgd(1.0)).aggregator.rule is None
+    assert "weighting" in weighted.about and "aggregation" in counted.about
