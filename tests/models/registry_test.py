@@ -8,15 +8,17 @@ from mtl_jax import models
 @pytest.mark.parametrize("name", models.names())
 def test_every_name_builds_abstractly(name):
     module = models.build(name, **({"features": [4]} if name == "mlp" else {}))
-    if isinstance(module, models.Bert):
+    more = ()
+    if isinstance(module, models.Bert | models.SentenceEncoder):
         example = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+        more = (example,)
     elif isinstance(module, models.SmallConv):
         example = jax.ShapeDtypeStruct((1, 12, 12, 1), jnp.float32)
     elif isinstance(module, models.ViT):
         example = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     else:
         example = jax.ShapeDtypeStruct((1, 4), jnp.float32)
-    assert jax.eval_shape(module.init, jax.random.key(0), example)["params"]
+    assert jax.eval_shape(module.init, jax.random.key(0), example, *more)["params"]
 
 
 @pytest.mark.fast

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mtl_jax.models.backbones.small_conv import max_pool
 from mtl_jax.models.layers.norm import LayerNorm
 from mtl_jax.models.multitask.base import Factory, MultiTaskModule
 
@@ -57,7 +58,7 @@ class Carry(nn.Module):
             -(-before // after)
             for before, after in zip(x.shape[1:3], like.shape[1:3], strict=True)
         )
-        x = nn.max_pool(x, strides, strides, "SAME")
+        x = max_pool(x, strides)
         if x.shape != like.shape:
             raise ValueError(
                 f"MTAN: no stride takes a stage's {attended.shape} to {like.shape}"

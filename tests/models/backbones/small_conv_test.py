@@ -38,6 +38,27 @@ def test_a_stage_convolves_activates_and_pools(fill):
     np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("window", [(2, 2), (3, 2), (1, 1)])
+@pytest.mark.parametrize("size", [(4, 6), (5, 7)])
+def test_pooling_is_linens_with_its_gradient(window, size):
+    import flax.linen as nn
+
+    from mtl_jax.models.backbones.small_conv import max_pool
+
+    x = jax.random.normal(jax.random.key(0), (2, *size, 3))
+    rest = [(0, -n % w) for n, w in zip(size, window, strict=True)]
+
+    def linen(x):
+        x = jnp.pad(x, ((0, 0), *rest, (0, 0)), constant_values=-jnp.inf)
+        return nn.max_pool(x, window, window)
+
+    want, pull = jax.vjp(linen, x)
+    found, own_pull = jax.vjp(lambda x: max_pool(x, window), x)
+    np.testing.assert_array_equal(found, want)
+    weights = jax.random.normal(jax.random.key(1), want.shape)
+    np.testing.assert_allclose(own_pull(weights)[0], pull(weights)[0], rtol=1e-6)
+
+
 def test_features_know_where_things_are(fill):
     """The same stroke in two corners must not look alike."""
     module = models.SmallConv((3,), width=4)
