@@ -6,7 +6,7 @@
 The Gramians are those of random gradients in 1,000 dimensions that share a weak
 direction ("mild"), and in T / 6 dimensions, where most tasks conflict and no task can
 gain without another's loss ("hard"). Methods and peers take turns; reported are medians
-and the fastest, since the machine may be shared. `call` is one call from Python, results
+and the fastest, since the machine may be shared. `call` is one call from Python, result
 ready; `inside` is one of 20 solutions in a row inside one compiled program, as a
 training step has it, without the call. The peers start from a Gramian too, in float32,
 but for Nash-MTL, whose peer takes the gradients.

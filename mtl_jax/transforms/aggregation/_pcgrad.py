@@ -63,7 +63,7 @@ def visit_tasks(
     steps = orders.T
     _, (amounts, seen) = jax.lax.scan(visit, (cosines, squares), steps)
     added = amounts * norms[None, :] * jnp.take(inverse, steps)
-    weights = (1 + 0 * norms).at[steps].add(added)
+    weights = jnp.asarray(1 + 0 * norms).at[steps].add(added)
     return weights, jnp.zeros_like(cosines).at[tasks[None, :], steps].set(seen)
 
 
