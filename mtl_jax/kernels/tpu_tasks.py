@@ -1,9 +1,9 @@
 """Task trees as operands of Pallas TPU kernels: what shares a launch, and blocks.
 
 An array lies in memory in tiles of its last two axes, so a leaf [T, ..., a, b] is taken
-as [T, rows, b]: leading axes merge without moving data (when `a` fills whole tiles),
-while a flat view of it would be a copy. Only leaves whose last axis does not fill the
-128 lanes are flattened.
+as [T, rows, b]: leading axes merge without moving data where `a` fills whole tiles.
+Where it does not, XLA copies the leaf first, as it does for a flat view of any leaf.
+Only leaves whose last axis does not fill the 128 lanes are flattened.
 """
 
 import itertools

@@ -11,14 +11,18 @@ from mtl_jax import tree as trees
 from mtl_jax.kernels import dispatch
 from mtl_jax.kernels.weighted_combine import ref
 
+_MAX_TERMS = 64
+
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _combine(leaves, weights, implementation, interpret):
     """Leaves [M, ...] of leaves [T, ...] and weights [M, T]."""
     if implementation == "xla":
-        if len(weights) > 1:
+        # Written out, term by term, XLA fuses one pass; many terms compile for minutes.
+        if len(weights) > 1 and weights.size > _MAX_TERMS:
             return [ref.weighted_combine(x, weights) for x in leaves]
-        return [x[None] for x in trees.combine(leaves, weights[0])]
+        rows = [trees.combine(leaves, row) for row in weights]
+        return [jnp.stack(sums) for sums in zip(*rows, strict=True)]
     from mtl_jax.kernels.weighted_combine import pallas_tpu  # only when it is used
 
     return pallas_tpu.weighted_combine(leaves, weights, interpret=interpret)
