@@ -176,7 +176,7 @@ class Problem:
             yield target, label, mask
 
     def _apply(self, params: Any, *args: Any, key: Any = None, method: str) -> Any:
-        rngs = None if key is None else {"dropout": key, "gumbel": key}
+        rngs = None if key is None else {"dropout": key, "branch": key}
         return self.model.apply({"params": params}, *args, rngs=rngs, method=method)
 
 

@@ -22,7 +22,7 @@ OPTIONS = {
 @pytest.mark.parametrize("name", multitask.ARCHITECTURES)
 def test_every_architecture_from_plain_data(name):
     model = multitask.build(name, OUTPUTS, **OPTIONS[name])
-    rngs = {"params": jax.random.key(0), "gumbel": jax.random.key(1)}
+    rngs = {"params": jax.random.key(0), "branch": jax.random.key(1)}
     out, variables = model.init_with_output(rngs, np.ones((4, 5), np.float32))
     assert {task: x.shape for task, x in out.items()} == {"a": (4, 1), "b": (4, 3)}
     assert model.shared_paths and variables["params"]
