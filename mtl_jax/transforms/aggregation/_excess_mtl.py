@@ -83,7 +83,7 @@ def _advance_all(squares: Any, task_grads: Any) -> tuple[Any, chex.Array]:
     leaves, treedef = jax.tree.flatten(squares)
     pairs = zip(leaves, jax.tree.leaves(task_grads), strict=True)
     moved, excess = zip(*(leaf(s, g) for s, g in pairs), strict=True)
-    return jax.tree.unflatten(treedef, moved), sum(excess[1:], excess[0])
+    return jax.tree.unflatten(treedef, moved), jnp.asarray(sum(excess[1:], excess[0]))
 
 
 def excess_mtl(

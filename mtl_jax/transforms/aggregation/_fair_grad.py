@@ -73,7 +73,7 @@ def fair_shares(
             + sizes * growth
             - dot(inverse_power(tried), scale * move)
         )
-        good = slopes <= 0.2 * jnp.abs(dot(move, residual))
+        good = jnp.asarray(slopes <= 0.2 * jnp.abs(dot(move, residual)))
         size = sizes[jnp.argmax(good.at[-1].set(True))]
         moved = jnp.max(jnp.abs(size * change) / x)
         return jnp.maximum(x + size * change, 1e-12), moved, taken + 1
