@@ -52,6 +52,7 @@ class Found(NamedTuple):
     finite: chex.Array
 
 
+_ROWS = 2**30  # Bytes of task gradients up to which "auto" forms them.
 _WHOLE = {
     "features": "decides on the features",
     "flat": "moves each task along its gradient",
@@ -90,11 +91,21 @@ class PerTaskGradients:
             return self._from_features(state, batch, key)
         if engine == "flat":
             return self._from_flat(state, batch, key)
+        if engine == "auto" and self._row_bytes(state, batch, key) <= _ROWS:
+            engine = "map"
         if engine in ("auto", "gramian") and self.rule is not None:
             found = self._from_gramian(state, batch, key)
             if found is not None:
                 return found
         return self._from_rows(state, batch, key)
+
+    def _row_bytes(self, state: TrainState, batch: Any, key: chex.PRNGKey) -> int:
+        """Bytes of all task gradients of the shared leaves, over all devices."""
+        shared = split_shared(state.params, self.trainable.shared)[0]
+        losses, _ = jax.eval_shape(
+            lambda p: self._losses(p, state.frozen, batch, key), state.params
+        )
+        return losses.shape[0] * mtl_tree.nbytes(shared)
 
     def _from_rows(self, state: TrainState, batch: Any, key: chex.PRNGKey) -> Found:
         """Forms the task gradients of the shared leaves."""

@@ -44,7 +44,8 @@ class Trainable:
       grads: how task gradients are had. "map": one after another. "vmap": all at once.
         "gramian": never formed, for methods that need inner products only; saves the
         memory of T gradients, and costs about twice the products of "map". "auto":
-        "gramian" where method and model allow it, else "map". "features": the
+        "map" while all task gradients of the shared leaves take up to 1 GiB, then
+        "gramian" where method and model allow it. "features": the
         aggregator acts on the gradients at the shared representation of a
         `aggregation.SplitLoss`, for the price of one backward pass. "flat": each
         task's at the parameters and where its loss is worst within `radii`, for an

@@ -108,12 +108,14 @@ def from_gradients(
     return Aggregator(init_fn, update_fn, rule)
 
 
-def from_gramian(name: str, rule: Rule) -> Aggregator:
+def from_gramian(name: str, rule: Rule, *, fixed: bool = False) -> Aggregator:
     """Lifts a weight rule to a transformation that can head an `optax.chain`.
 
     Args:
       name: of the public function, for error messages.
       rule: weights from the Gramian of the task gradients.
+      fixed: the rule reads the Gramian's shape only; it gets zeros, so that the
+        gradients are read once.
 
     Returns:
       An `Aggregator` whose updates are `sum_t weights[t] * task_grads[t]`, computed in
@@ -127,11 +129,20 @@ def from_gramian(name: str, rule: Rule) -> Aggregator:
     [1.0]
     """
 
-    def update(task_grads, state, **extra):
-        weights, state = rule.weigh(tree.gram(task_grads), state, **extra)
-        return tree.combine(task_grads, weights), state
+    def init_fn(params):
+        del params
+        return AggregationState(method=rule.init(), finite=jnp.asarray(True))
 
-    return from_gradients(name, lambda params: rule.init(), update, rule=rule)
+    def update_fn(updates, state, params=None, **extra):
+        count = check_task_grads(name, updates, params)
+        gram = jnp.zeros((count, count)) if fixed else tree.gram(updates)
+        weights, method = rule.weigh(gram, state.method, **extra)
+        out = tree.combine(updates, weights)
+        # NaN and infinity reach the Gramian, and the sum whatever its weights.
+        finite = all_finite(out) if fixed else jnp.all(jnp.isfinite(gram))
+        return out, AggregationState(method=method, finite=finite)
+
+    return Aggregator(init_fn, update_fn, rule)
 
 
 def check_task_grads(name: str, task_grads: Any, params: Any = None) -> int:

@@ -49,4 +49,5 @@ def constant(values: Any) -> Aggregator:
     >>> tx.update(grads, tx.init({"w": jnp.zeros(1)}))[0]["w"].tolist()
     [21.0]
     """
-    return from_gramian("constant", stateless(lambda gram: weights(gram, values)))
+    rule = stateless(lambda gram: weights(gram, values))
+    return from_gramian("constant", rule, fixed=True)

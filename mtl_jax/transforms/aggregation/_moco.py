@@ -10,7 +10,7 @@ from mtl_jax import tree
 from mtl_jax.transforms.aggregation import _tracked
 from mtl_jax.transforms.aggregation._base import Aggregator, from_gradients
 from mtl_jax.transforms.aggregation._cosine import dot
-from mtl_jax.transforms.aggregation._extra import extra_of
+from mtl_jax.transforms.aggregation._extra import losses_of
 from mtl_jax.transforms.aggregation._solvers import project_simplex
 
 PROJECTIONS = ("softmax", "simplex")
@@ -59,11 +59,13 @@ def moco(
       gamma_power: of its decay.
       rho: strength of the pull towards equal weights.
       normalize: whether gradients are brought to the length of their losses, which are
-        then needed as the extra argument `losses` [T].
+        then needed as the extra argument `losses` [T], none of them negative:
+        refused by name where values are known, NaN under a trace.
       projection: "simplex" projects onto it in place of the softmax.
 
     Raises:
-      ValueError: unknown `projection`; at update, losses missing where needed.
+      ValueError: unknown `projection`; at update, losses missing where needed, or
+        negative.
 
     **Follows**: Fernando et al. 2023, "Mitigating Gradient Bias in Multi-objective
       Learning: A Provably Convergent Approach", alg. 1, with `normalize=False,
@@ -90,7 +92,7 @@ def moco(
         scale = jnp.ones(num_tasks, jnp.float32)
         if normalize:
             norms = jnp.sqrt(_tracked.squares(task_grads))
-            losses = extra_of("moco", extra, "losses", (num_tasks,))
+            losses = losses_of("moco", extra, num_tasks)
             scale = jnp.where(norms == 0, 0, losses / jnp.where(norms == 0, 1, norms))
         step = (state.step + 1).astype(jnp.float32)
         rate = beta / step**beta_power
