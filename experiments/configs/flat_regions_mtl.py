@@ -40,7 +40,6 @@ def get_config(variant: str = "demo") -> ConfigDict:
                 "radii": (0.05, 0.5)
                 if variant in ("demo", "noisy", "census")
                 else (0.05,),
-                "sharpness_radius": 0.1,
                 "tuning_steps": {"demo": 5, "noisy": 5, "census": 5}.get(variant, 1),
             },
         }

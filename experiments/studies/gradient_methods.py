@@ -11,7 +11,6 @@ the report with its plots to WORKDIR.
 
 import argparse
 import json
-import os
 import pathlib
 import sys
 
@@ -84,7 +83,6 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default="experiments/results")
     parser.add_argument("--workdir", type=pathlib.Path, default="runs/gradient_methods")
     args = parser.parse_args()
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     options = {} if args.steps is None else {"steps": args.steps}
     problem, model, training = PROBLEMS[args.problem](**options)
     config = ConfigDict(

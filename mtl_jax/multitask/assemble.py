@@ -76,11 +76,16 @@ def _factory(name: str, part: Any) -> Any:
 
 def _rules(module: models.multitask.MultiTaskModule, model: Mapping[str, Any]) -> Any:
     """Sharding rules of an architecture and its parts; the rest is replicated."""
-    given = [model[name] for name in _PARTS if model.get(name)]
-    parts = [[p] if isinstance(p, Mapping) else p for p in given]
-    found = [module, *(_factory("part", p)() for each in parts for p in each)]
+    found = [module, *(_factory("part", part)() for part in _parts(model))]
     kinds = {type(each): each for each in found}
     return (*models.sharding_rules(*kinds.values()), (".*", PartitionSpec()))
+
+
+def _parts(model: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    given = [model[name] for name in _PARTS if model.get(name)]
+    return [
+        p for part in given for p in ([part] if isinstance(part, Mapping) else part)
+    ]
 
 
 def outline(name: str, model: Mapping[str, Any], **options: Any) -> Problem:
@@ -105,6 +110,11 @@ def _problem(
     about: Any, model: Mapping[str, Any], splits: Any, pretrained: Any, frozen: Any
 ) -> Problem:
     module = build(outputs=about.outputs, **model)
+    if any(part.get("dropout") for part in _parts(model)):
+        raise ValueError(
+            f"assemble: {about.name!r}: dropout is never on in the model of a problem; "
+            "leave it out"
+        )
     return Problem(
         name=about.name,
         targets=about.tasks,

@@ -119,6 +119,7 @@ def aggregated(
     *,
     grads: str = "auto",
     radii: tuple[float, float] | None = None,
+    about: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Method:
     """Combines the gradients of the shared parameters by an aggregator.
@@ -131,7 +132,13 @@ def aggregated(
         One that wants `num_tasks` gets it from the problem.
       grads: engine, see `train.Trainable`.
       radii: of `grads="flat"`.
+      about: plain data that tell this method from every other, instead of the
+        factory's name and options; a factory that is a lambda, a partial or made inside
+        a function wants it.
       **options: of the factory.
+
+    Raises:
+      ValueError: a factory whose name does not tell it from others, without `about`.
     """
 
     def make(problem, tx):
@@ -147,11 +154,26 @@ def aggregated(
             task_names=problem.task_names,
         )
 
-    kind = aggregator.__module__.split(".")[2]
-    about = {kind: aggregator.__name__, "options": options, "grads": grads}
-    if radii is not None:
-        about["radii"] = list(radii)
+    if about is None:
+        about = {**_address(name, aggregator), "options": options, "grads": grads}
+        if radii is not None:
+            about["radii"] = list(radii)
     return Method(name=name, make=make, about=about)
+
+
+def _address(name: str, factory: Any) -> dict[str, str]:
+    """What the factory is called, and where."""
+    module = getattr(factory, "__module__", None)
+    called = getattr(factory, "__qualname__", "<")
+    if module is None or "<" in called:
+        raise ValueError(
+            f"aggregated {name!r}: {called if called != '<' else factory!r} is no name "
+            "to remember results by, give `about`"
+        )
+    for kind in (aggregation, weighting):
+        if module.startswith(f"{kind.__name__}."):
+            return {kind.__name__.split(".")[-1]: called}
+    return {"factory": f"{module}.{called}"}
 
 
 def _make(

@@ -1,7 +1,5 @@
 """Seeking task-based flat regions: one sharpness-aware perturbation per task."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,6 +42,7 @@ SPEC = SystemSpec(
     ),
 )
 
+_SHARPNESS = 0.1  # Not for a config: results are remembered by the measure's name.
 _AGGREGATORS = {
     "sum": aggregation.sum,
     "PCGrad": aggregation.pcgrad,
@@ -52,35 +51,35 @@ _AGGREGATORS = {
 }
 
 
-def _flat(name: str, aggregator, rho: float) -> multitask.Method:
+def _flat(aggregator, rho: float) -> multitask.Method:
     """The aggregator inside `flat_mtl`, with one radius for both parts."""
 
     def flat():
         return aggregation.flat_mtl(aggregator())
 
-    method = multitask.aggregated(name, flat, grads="flat", radii=(rho, rho))
-    about = {"flat": aggregator.__name__, "rho": rho}
-    return dataclasses.replace(method, name=f"{rho:g}", about=about)
+    return multitask.aggregated(
+        f"{rho:g}",
+        flat,
+        grads="flat",
+        radii=(rho, rho),
+        about={"flat": aggregator.__name__, "rho": rho},
+    )
 
 
-def _sharpness(radius: float):
+def _sharpness(problem, params):
     """Mean over tasks of the rise of a task's loss at its own perturbation."""
+    rows = {k: jnp.asarray(x[:512]) for k, x in problem.splits["train"].items()}
 
-    def rise(problem, params):
-        rows = {k: jnp.asarray(x[:512]) for k, x in problem.splits["train"].items()}
+    @jax.jit
+    def one(params, task):
+        def loss(params):
+            return problem.loss_fn(params, rows, None)[0][task]
 
-        @jax.jit
-        def one(params, task):
-            def loss(params):
-                return problem.loss_fn(params, rows, None)[0][task]
+        here, grads = jax.value_and_grad(loss)(params)
+        step = aggregation.sam_perturbation(grads, _SHARPNESS)
+        return loss(jax.tree.map(jnp.add, params, step)) - here
 
-            here, grads = jax.value_and_grad(loss)(params)
-            step = aggregation.sam_perturbation(grads, radius)
-            return loss(jax.tree.map(jnp.add, params, step)) - here
-
-        return float(np.mean([one(params, t) for t in range(len(problem.targets))]))
-
-    return rise
+    return float(np.mean([one(params, t) for t in range(len(problem.targets))]))
 
 
 def build(config: ConfigDict) -> multitask.Contest:
@@ -89,14 +88,14 @@ def build(config: ConfigDict) -> multitask.Contest:
     rows = []
     for name, aggregator in _AGGREGATORS.items():
         plain = multitask.aggregated(name, aggregator)
-        flat = tuple(_flat(name, aggregator, rho) for rho in study.radii)
+        flat = tuple(_flat(aggregator, rho) for rho in study.radii)
         rows += [
             multitask.Row(name=name, candidates=(plain,)),
             multitask.Row(name=f"{name}, flat", candidates=flat),
         ]
     return multitask.Contest(
         rows=tuple(rows),
-        measures={"sharpness": _sharpness(study.sharpness_radius)},
+        measures={"sharpness": _sharpness},
         analyses=(_claims,),
     )
 

@@ -69,3 +69,14 @@ def test_a_problem_from_a_preset(quiet):
         **problem, model={**model, "backbone": MLP | {"flatten": True}}, progress=quiet
     )
     assert other.digest() != found.digest()
+
+
+@pytest.mark.fast
+def test_dropout_that_would_never_be_on_is_refused():
+    for part in ({"model": "vit-b/16", "dropout": 0.1}, {"model": "small-conv"}):
+        model = {"architecture": "hard_sharing", "backbone": part}
+        if "dropout" in part:
+            with pytest.raises(ValueError, match="'celeba': dropout is never on"):
+                multitask.outline("celeba", model)
+        else:
+            assert len(multitask.outline("celeba", model).targets) == 40

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import numpy as np
 import optax
@@ -48,3 +50,16 @@ def test_aggregators_act_on_shared_leaves_and_weightings_on_all(problem):
     counted = multitask.aggregated("MoCo", aggregation.moco)
     assert counted.make(problem, optax.sgd(1.0)).aggregator.rule is None
     assert "weighting" in weighted.about and "aggregation" in counted.about
+
+
+def mine():
+    return aggregation.mean()
+
+
+def test_factories_of_others_have_addresses_of_their_own():
+    assert multitask.aggregated("mine", mine).about["factory"].endswith(".mine")
+    for factory in (lambda: mine(), functools.partial(aggregation.pcgrad, seed=1)):
+        with pytest.raises(ValueError, match="aggregated 'x': .* give `about`"):
+            multitask.aggregated("x", factory)
+        given = multitask.aggregated("x", factory, about={"seed": 1})
+        assert given.about == {"seed": 1}

@@ -121,9 +121,15 @@ class PLE(MultiTaskModule, kw_only=True):
     @property
     def shared_paths(self) -> tuple[str, ...]:
         """Stem, shared experts, and what their gates read at levels before the last."""
-        found = ["^trunk/", r"^stack_\d+/shared_experts_", r"^stack_\d+/gate_all/"]
-        if self.shared_experts:
-            count = self._num_levels()
+        found = [] if self.stem is None else ["^trunk/"]
+        if not self.shared_experts:
+            return tuple(found)
+        count = self._num_levels()
+        found.append(r"^stack_\d+/shared_experts_")
+        if count > 1:
+            found.append(r"^stack_\d+/gate_all/")
+        if self.task_experts:
+            # What own experts and their inputs give, the next shared ones read.
             found += [rf"^stack_{n}/own_experts_" for n in range(count - 1)]
             found += [rf"^stack_{n}/gates_" for n in range(count - 2)]
         return tuple(found)

@@ -55,7 +55,7 @@ class MMoE(MultiTaskModule, kw_only=True):
     @property
     def shared_paths(self) -> tuple[str, ...]:
         """Stem and experts."""
-        return ("^trunk/", "^experts_")
+        return ("^experts_",) if self.stem is None else ("^trunk/", "^experts_")
 
     def setup(self):
         """Makes stem, experts, gates and heads."""

@@ -54,7 +54,7 @@ class LTB(MultiTaskModule, kw_only=True):
 
     Node i of stage l reads sum_j d[i, j] y_j over the nodes of the stage before, with
     d from `choose`; all nodes of the first stage read the input. After training,
-    `encode` without `sample` is the discrete tree. `z["shared"]` are the last stage's
+    `encode` without an rng is the discrete tree. `z["shared"]` are the last stage's
     nodes, [B, T, ...]; `z["parents"]`, [B, T, T], what each task reads.
 
     Attributes:
@@ -100,7 +100,7 @@ class LTB(MultiTaskModule, kw_only=True):
     def encode(
         self,
         *inputs: chex.Array,
-        sample: bool = False,
+        sample: bool | None = None,
         temperature: float | chex.Array | None = None,
         **options: Any,
     ) -> dict[str, Any]:
@@ -108,14 +108,17 @@ class LTB(MultiTaskModule, kw_only=True):
 
         Args:
           *inputs: what the first stage takes.
-          sample: draw the choices, with the rng named "branch"; otherwise each child
-            reads its likeliest parent, and the choices get no gradient.
+          sample: draw the choices, with the rng named "branch"; False: each child
+            reads its likeliest parent, and the choices get no gradient. None: draw
+            where there is such an rng.
           temperature: instead of the module's.
           **options: go to the first stage.
 
         Returns:
           {"shared": [B, T, ...], "parents": [B, T, T]}.
         """
+        if sample is None:
+            sample = self.has_rng("branch")
         nodes = [node(*inputs, **options) for node in self.nodes[0]]
         for level in range(1, len(self.stages)):
             chosen = self._choose(self.branch_logits[level - 1], sample, temperature)

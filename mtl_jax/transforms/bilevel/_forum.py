@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_jax import tree
+from mtl_jax.transforms.aggregation._cosine import dot
 from mtl_jax.transforms.aggregation._engines import LossFn, task_rows, task_vjp
 from mtl_jax.transforms.aggregation._solvers import project_simplex
 from mtl_jax.transforms.bilevel._base import (
@@ -71,8 +72,8 @@ def forum_weights(
     slack = phi - along
 
     def slope(tasks):
-        multiplier = jnp.maximum(slack @ tasks, 0)
-        return gram @ tasks - square * multiplier * slack
+        multiplier = jnp.maximum(dot(slack, tasks), 0)
+        return dot(gram, tasks) - square * multiplier * slack
 
     # On the simplex the curvature is at most that of the Gramian.
     bound = jnp.max(jnp.sum(jnp.abs(gram), 1))
@@ -81,7 +82,7 @@ def forum_weights(
     def step(carry):
         tasks, ahead, momentum, _, count = carry
         found = project_simplex(ahead - rate * slope(ahead))
-        uphill = (ahead - found) @ (found - tasks) > 0
+        uphill = dot(ahead - found, found - tasks) > 0
         momentum = jnp.where(uphill, 1.0, momentum)
         following = (1 + jnp.sqrt(1 + 4 * momentum * momentum)) / 2
         rest = jnp.max(jnp.abs(found - ahead))
@@ -107,7 +108,7 @@ def forum_multiplier(
     """
     some = square > 0
     slack = phi - cross / jnp.where(some, square, 1)
-    return jnp.where(some, jnp.maximum(slack @ tasks, 0), 0)
+    return jnp.where(some, jnp.maximum(dot(slack, tasks), 0), 0)
 
 
 def forum(
@@ -170,11 +171,11 @@ def forum(
             )
         )
         gap = (losses - loss_fn(reached, train_batch)).astype(jnp.float32)
-        q_upper = now * (gap - now @ gap)
+        q_upper = now * (gap - dot(now, gap))
         q_lower = pullback(now)
         rows = _unit_rows(loss_fn, params, valid_batch)
         cross = jax.vmap(lambda row: inner(row, q_lower))(rows)
-        square = inner(q_lower, q_lower) + q_upper @ q_upper
+        square = inner(q_lower, q_lower) + dot(q_upper, q_upper)
         found = forum_weights(tree.gram(rows), cross, square, phi=phi)
         share = (state.step.astype(jnp.float32) + 1) ** -0.75
         tasks = state.method + share * (found.tasks - state.method)

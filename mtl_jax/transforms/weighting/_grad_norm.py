@@ -103,7 +103,8 @@ def grad_norm(
         losses = losses.astype(jnp.float32)
         first = jnp.where((state.first == 0) & present, losses, state.first)
         ratio = losses / jnp.where(first == 0, 1, first)
-        rate = (ratio / masked_mean(ratio, present)) ** alpha
+        mean = masked_mean(ratio, present)
+        rate = (ratio / jnp.where(mean == 0, 1, mean)) ** alpha  # 0: none is present.
 
         def distance(logits):
             scaled = weights(logits) * norms

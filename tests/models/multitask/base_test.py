@@ -33,7 +33,7 @@ def architectures(one, two, outputs=OUTPUTS):
         "cgc_own": multitask.CGC(outputs, expert=one, shared_experts=0, task_experts=2),
         "ple": multitask.PLE(outputs, levels=(one, two, two)),
         "ple_shared": multitask.PLE(
-            outputs, levels=(one, two), shared_experts=2, task_experts=0
+            outputs, levels=(one, two, two), shared_experts=2, task_experts=0
         ),
         "mtan": multitask.MTAN(outputs, stages=(one, two)),
         "ltb": multitask.LTB(outputs, stages=(one, two)),
@@ -134,6 +134,23 @@ def test_shared_paths_are_what_several_tasks_use(name, ready):
         users = np.sum(np.abs(leaf).reshape(len(OUTPUTS), -1).max(1) > 1e-9)
         shared = any(re.search(regex, path) for regex in module.shared_paths)
         assert users == (2 if shared else 1), path
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *VECTORS.values(),
+        multitask.CGC(OUTPUTS, expert=mlp(3)),
+        multitask.MMoE(OUTPUTS, expert=mlp(3)),
+        multitask.PLE(OUTPUTS, levels=(mlp(3), mlp(3)), stem=mlp(4)),
+        multitask.PLE(OUTPUTS, levels=(mlp(3), mlp(3)), shared_experts=0),
+    ],
+)
+def test_every_shared_path_finds_a_leaf(module, x):
+    """`Trainable(shared=...)` refuses one that finds nothing."""
+    like = jax.eval_shape(module.init, jax.random.key(0), x[0])["params"]
+    for regex in module.shared_paths:
+        assert any(re.search(regex, path) for path in tree.paths(like)), regex
 
 
 @pytest.mark.parametrize("name", sorted(set(VECTORS) - NO_SHARING))

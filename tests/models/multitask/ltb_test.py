@@ -111,6 +111,23 @@ def test_samples_need_their_rng_and_take_a_temperature(ready, x):
 
 
 @pytest.mark.fast
+def test_choices_are_drawn_where_there_is_an_rng(ready, x):
+    module, params = ready
+
+    def loss(params, rngs, **options):
+        out = module.apply({"params": params}, x, rngs=rngs, **options)
+        return sum(jnp.sum(y * y) for y in out.values())
+
+    rngs = {"branch": jax.random.key(0)}
+    drawn = jax.grad(loss)(params, rngs)
+    assert np.abs(drawn["branch_logits"]).max() > 0
+    fixed = jax.grad(loss)(params, None)
+    held = jax.grad(lambda p: loss(p, rngs, sample=False))(params)
+    jax.tree.map(np.testing.assert_array_equal, fixed, held)
+    assert not np.any(fixed["branch_logits"])
+
+
+@pytest.mark.fast
 def test_no_stages_are_refused(x):
     with pytest.raises(ValueError, match="LTB: stages must hold"):
         jax.eval_shape(multitask.LTB(OUTPUTS, stages=()).init, jax.random.key(0), x)

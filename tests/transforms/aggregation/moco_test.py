@@ -58,6 +58,8 @@ def test_refusals():
     state = tx.init({"w": jnp.zeros(2)})
     with pytest.raises(ValueError, match="moco: needs losses"):
         tx.update({"w": jnp.eye(2)}, state)
+    with pytest.raises(ValueError, match=r"moco: losses are \[1.0, -1.0\]"):
+        tx.update({"w": jnp.eye(2)}, state, losses=jnp.array([1.0, -1.0]))
     with pytest.raises(ValueError, match="moco: 3 tasks, wanted num_tasks = 2"):
         tx.update({"w": jnp.ones((3, 2))}, state, losses=jnp.ones(3))
     with pytest.raises(ValueError, match="moco: projection is 'none'"):

@@ -127,3 +127,11 @@ def test_lowers_both_validation_losses():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         bilevel.forum(loss_fn, **options)
+
+
+def test_products_are_in_full_float32_on_accelerators():
+    lowered = jax.jit(bilevel.forum_weights).lower(jnp.eye(3), jnp.ones(3), f32(2))
+    products = [
+        line for line in lowered.as_text().splitlines() if "dot_general" in line
+    ]
+    assert products and all("[HIGHEST, HIGHEST]" in line for line in products)

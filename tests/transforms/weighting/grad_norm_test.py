@@ -64,3 +64,12 @@ def test_needs_norms():
     method = weighting.grad_norm()
     with pytest.raises(ValueError, match="grad_norm: update needs `norms`"):
         method.update(method.init(2)[1], jnp.ones(2))
+
+
+def test_no_task_present_moves_nothing():
+    method = weighting.grad_norm()
+    _, state = method.init(2)
+    absent = jnp.zeros(2, bool)
+    state = method.update(state, jnp.ones(2), absent, norms=jnp.ones(2))
+    np.testing.assert_array_equal(state.method.logits, 0)
+    np.testing.assert_array_equal(state.method.first, 0)
