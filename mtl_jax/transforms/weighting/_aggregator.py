@@ -47,7 +47,8 @@ def as_aggregator(
     """Lets a method of losses stand where an aggregator of gradients is wanted.
 
     The update is the gradient of `method.loss`: task gradients weighed by its
-    derivatives. What the method learns is trained by `tx` inside.
+    derivatives. What the method learns is trained by `tx` inside. A task whose loss and
+    gradient are both zero counts as absent from the batch, with weight zero.
 
     Args:
       method: a weighting.
@@ -91,19 +92,24 @@ def as_aggregator(
         if losses is None:
             raise ValueError("as_aggregator: the update needs `losses`, one per task")
 
+        norms = jnp.sqrt(jnp.maximum(jnp.diag(gram), 0)).astype(jnp.float32)
+        present = _present(losses, norms)
+
         def advance(old):
+            # Of a task that is absent now, nothing is known after the step.
+            after = jnp.where(present, losses.astype(jnp.float32), old.losses)
+            before = _present(old.losses, old.norms)
             return method.update(
-                old.weighting, old.losses, after=losses, norms=old.norms
+                old.weighting, old.losses, before, after=after, norms=old.norms
             )
 
         weighting = jax.lax.cond(
             state.step > 0, advance, lambda old: old.weighting, state
         )
         gradient = jax.grad(method.loss, argnums=(0, 1))
-        weights, grads = gradient(losses, state.params, weighting)
+        weights, grads = gradient(losses, state.params, weighting, present)
         params, opt_state = descend(tx, grads, state.opt_state, state.params)
-        norms = jnp.sqrt(jnp.maximum(jnp.diag(gram), 0)).astype(jnp.float32)
-        checked = method.update(weighting, losses, after=losses, norms=norms)
+        checked = method.update(weighting, losses, present, after=losses, norms=norms)
         weights = jnp.where(checked.finite, weights, jnp.nan)
         return weights.astype(jnp.float32), AsAggregatorState(
             params=params,
@@ -123,3 +129,8 @@ def as_aggregator(
         return out, new._replace(finite=new.finite & new.method.finite)
 
     return Aggregator(inner.init, update, inner.rule)
+
+
+def _present(losses: chex.Array, norms: chex.Array) -> chex.Array:
+    """Which tasks have an example in the batch, [T]."""
+    return (losses != 0) | (norms != 0)

@@ -69,6 +69,43 @@ def test_forbidden_losses_stop_the_step():
     assert np.isfinite(updates["w"]).all() and bool(state.finite)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        weighting.famo,
+        weighting.geometric_mean,
+        weighting.grad_norm,
+        weighting.imtl_l,
+        weighting.uncertainty,
+        lambda: weighting.dwa(1),
+    ],
+    ids=["famo", "geometric_mean", "grad_norm", "imtl_l", "uncertainty", "dwa"],
+)
+def test_a_task_without_loss_and_gradient_is_absent(make):
+    """Its weight is zero and the method learns what it would without it."""
+    method, tx = make(), optax.sgd(0.1)
+    aggregator = weighting.as_aggregator(method, 2, tx=tx)
+    update = jax.jit(aggregator.update)
+    absent = {"w": GRADS["w"].at[1].set(0)}
+    losses = jnp.array([[1.0, 2.0], [0.9, 0.0], [0.8, 0.7]])
+    present = losses > 0
+    norms = jnp.where(present, jnp.linalg.norm(GRADS["w"], axis=1), 0)
+    after = jnp.array([[0.9, 2.0], [0.8, 0.7], [1.0, 1.0]])
+
+    got, state = [], aggregator.init(None)
+    params, by_hand = method.init(2)
+    for step, now in enumerate(losses):
+        grads = absent if step == 1 else GRADS
+        updates, state = update(grads, state, losses=now)
+        got.append(updates["w"])
+        w, g = jax.grad(method.loss, (0, 1))(now, params, by_hand, present[step])
+        np.testing.assert_allclose(got[-1], w @ GRADS["w"], rtol=1e-5)
+        assert bool(state.finite) and (present[step, 1] or w[1] == 0)
+        params = jax.tree.map(lambda p, d: p - 0.1 * d, params, g)
+        more = {"after": after[step], "norms": norms[step]}
+        by_hand = method.update(by_hand, now, present[step], **more)
+
+
 def test_needs_losses():
     tx = weighting.as_aggregator(weighting.mean(), 2)
     with pytest.raises(ValueError, match="as_aggregator: the update needs `losses`"):
