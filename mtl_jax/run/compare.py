@@ -245,10 +245,9 @@ def _add_figures(comparison: Comparison) -> None:
         ("conflict_rate", "share of conflicting task pairs"),
         ("loss", "training loss"),
     ):
+        found = {n: [_curve(o, metric) for o in r.outcomes] for n, r in results.items()}
         curves = {
-            name: np.mean([o.history[metric] for o in r.outcomes], 0).tolist()
-            for name, r in results.items()
-            if all(metric in o.history for o in r.outcomes)
+            name: np.mean(each, 0).tolist() for name, each in found.items() if all(each)
         }
         if curves:
             length = len(next(iter(curves.values())))
@@ -259,6 +258,12 @@ def _add_figures(comparison: Comparison) -> None:
                     x=steps.tolist(), series=curves, x_label="step", y_label=label
                 ),
             )
+
+
+def _curve(outcome: Outcome, metric: str) -> tuple[float, ...]:
+    """Of the training; of a loss with more in it, the part that all methods have."""
+    history = outcome.history
+    return history.get(f"task_{metric}", history.get(metric, ()))
 
 
 def _spread(values: np.ndarray) -> float:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import types
 
@@ -101,6 +102,25 @@ def test_report_has_table_claims_and_figures(toy, quiet, tmp_path, capsys):
     assert titles[0] == "Change against single tasks"
     assert "Share of conflicting task pairs over the training" in titles
     assert "6.67 ± 0.00" in capsys.readouterr().out
+
+
+def test_curves_of_the_loss_are_those_of_the_tasks(toy, quiet, tmp_path):
+    found = comparison(toy, quiet)
+    ask = found.bench.run
+
+    def run(method, seed):
+        outcome = ask(method, seed)
+        history = {"loss": (1.0, 2.0)}
+        if len(method.about.get("weights", ())) == 3:
+            history = {"loss": (-9.0, -9.0), "task_loss": (3.0, 4.0)}
+        return dataclasses.replace(outcome, history=history)
+
+    found.bench.run = run
+    found.run(multitask.Contest(rows=()))
+    compare.write(found, tmp_path)
+    sections = json.loads((tmp_path / "report/results.json").read_text())["sections"]
+    (figure,) = (s for s in sections if "raining loss over" in s.get("title", ""))
+    assert "4.0" in json.dumps(figure) and "-9" not in json.dumps(figure)
 
 
 def test_seeds_that_make_no_sense(toy, quiet):

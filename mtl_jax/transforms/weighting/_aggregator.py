@@ -95,16 +95,13 @@ def as_aggregator(
         norms = jnp.sqrt(jnp.maximum(jnp.diag(gram), 0)).astype(jnp.float32)
         present = _present(losses, norms)
 
-        def advance(old):
-            # Of a task that is absent now, nothing is known after the step.
-            after = jnp.where(present, losses.astype(jnp.float32), old.losses)
-            before = _present(old.losses, old.norms)
-            return method.update(
-                old.weighting, old.losses, before, after=after, norms=old.norms
-            )
-
+        # Of a task that is absent now, nothing is known after the step.
+        after = jnp.where(present, losses.astype(jnp.float32), state.losses)
         weighting = jax.lax.cond(
-            state.step > 0, advance, lambda old: old.weighting, state
+            state.step > 0,
+            lambda old: _advance(method, old, after),
+            lambda old: old.weighting,
+            state,
         )
         gradient = jax.grad(method.loss, argnums=(0, 1))
         weights, grads = gradient(losses, state.params, weighting, present)
@@ -134,3 +131,11 @@ def as_aggregator(
 def _present(losses: chex.Array, norms: chex.Array) -> chex.Array:
     """Which tasks have an example in the batch, [T]."""
     return (losses != 0) | (norms != 0)
+
+
+def _advance(method: Weighting, old: AsAggregatorState, after: chex.Array):
+    """What the step before taught the method."""
+    present = _present(old.losses, old.norms)
+    return method.update(
+        old.weighting, old.losses, present, after=after, norms=old.norms
+    )
