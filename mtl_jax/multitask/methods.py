@@ -249,9 +249,14 @@ def simplex(num_tasks: int, steps: int) -> tuple[tuple[float, ...], ...]:
 
 
 def baselines(num_tasks: int, steps: int) -> tuple[Row, ...]:
-    """Equal weights, and weights tuned on validation data; see `simplex`."""
+    """Equal weights, and those of the grid that validation chooses; see `simplex`.
+
+    Equal weights are among the candidates.
+    """
     equal = scalarised((1.0,) * num_tasks)
-    tuned = tuple(scalarised(weights) for weights in simplex(num_tasks, steps))
+    grid = simplex(num_tasks, steps)
+    others = [weights for weights in grid if len(set(weights)) > 1]
+    tuned = (equal, *(scalarised(weights) for weights in others))
     return (
         Row(name="equal weights", candidates=(equal,)),
         Row(name="tuned weights", candidates=tuned),

@@ -5,7 +5,7 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from mtl_jax import data, train
 from mtl_jax.data import wheels
 from mtl_jax.multitask.methods import Measure, Method
-from mtl_jax.multitask.problem import Problem, take
+from mtl_jax.multitask.problem import Problem, Rows, take
 from mtl_jax.train import optim
 
 _FORMAT = 1  # Part of every address: raise it when training changes its meaning.
@@ -113,11 +113,7 @@ class Bench:
     def _train(self, method: Method, seed: int) -> Outcome:
         settings = self.settings
         problem, trainer = self._trainer(method)
-        batches = data.pipeline(
-            data.ArraySource(problem.splits["train"]),
-            batch_size=settings.batch_size,
-            seed=seed,
-        )
+        batches = self._batches(problem, seed)
         clock = []
         with self.progress.task(f"{method.name}, seed {seed}", settings.steps) as bar:
 
@@ -126,7 +122,7 @@ class Bench:
                 bar(step, steps, metrics)
 
             result = trainer.fit(
-                batches.__getitem__,
+                batches,
                 steps=settings.steps,
                 seed=seed,
                 params=problem.start(seed),
@@ -143,6 +139,33 @@ class Bench:
             },
             step_seconds=float(np.median(np.diff(clock))) if len(clock) > 1 else 0.0,
         )
+
+    def _batches(self, problem: Problem, seed: int) -> Callable[[int], Rows]:
+        """`batch(step)`; with rows of their own, as many of every task each time.
+
+        A task that a batch lacked would have no gradient, and methods such as MGDA
+        would stand still for it. Tasks alone get as many rows as they have together.
+        """
+        rows, size = problem.splits["train"], self.settings.batch_size
+        if not problem.own_rows:
+            source = data.ArraySource(rows)
+            return data.pipeline(source, batch_size=size, seed=seed).__getitem__
+        count = len(self.problem.targets)
+        if size < count:
+            raise ValueError(
+                f"bench: batch_size wants at least a row for each of {count} tasks, "
+                f"found {size}"
+            )
+        sources = [
+            data.ArraySource({k: x[rows["task"] == t] for k, x in rows.items()})
+            for t in range(len(problem.targets))
+        ]
+        steps = data.lockstep(sources, batch_size=size // count, seed=seed)
+
+        def batch(step):
+            return {k: x.reshape(-1, *x.shape[2:]) for k, x in steps[step].items()}
+
+        return batch
 
     def _trainer(self, method: Method) -> tuple[Problem, train.Trainer]:
         """Compiled once for all seeds; the method is kept, so that its id stays its."""

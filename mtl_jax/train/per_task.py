@@ -276,6 +276,7 @@ class PerTaskGradients:
         metrics = check_metrics(metrics, (*RESERVED, *own))
         # The Gramian sees whatever is not finite in any task gradient.
         finite = jnp.all(jnp.isfinite(losses)) & jnp.all(jnp.isfinite(gram))
+        finite &= jnp.asarray(getattr(new, "finite", True))
         return Found(jnp.sum(losses), own | metrics, grads, new, finite)
 
     def _names(self, count: int) -> tuple[str, ...]:

@@ -63,3 +63,10 @@ def test_factories_of_others_have_addresses_of_their_own():
             multitask.aggregated("x", factory)
         given = multitask.aggregated("x", factory, about={"seed": 1})
         assert given.about == {"seed": 1}
+
+
+def test_tuned_weights_are_never_worse_than_what_equal_ones_offer():
+    for count, steps in ((2, 5), (3, 6), (4, 1)):
+        equal, tuned = multitask.baselines(count, steps)
+        names = [method.name for method in tuned.candidates]
+        assert names[0] == equal.candidates[0].name and len(set(names)) == len(names)

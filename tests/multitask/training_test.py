@@ -1,8 +1,9 @@
 import dataclasses
 
+import numpy as np
 import pytest
 
-from mtl_jax import multitask
+from mtl_jax import aggregation, multitask
 
 SETTINGS = multitask.Settings(
     steps=12, batch_size=16, optimizer={"name": "adam", "peak": 1e-2}
@@ -60,3 +61,27 @@ def test_one_task_alone_has_a_model_of_its_own(problem, tmp_path, quiet):
 def test_settings_that_make_no_sense():
     with pytest.raises(ValueError, match="steps wants at least 1, found 0"):
         dataclasses.replace(SETTINGS, steps=0)
+
+
+def test_every_batch_has_rows_of_every_task(own_rows_problem, tmp_path, quiet):
+    one = bench(own_rows_problem, tmp_path, quiet)
+    draw = one._batches(own_rows_problem, seed=3)
+    labels = {0: set(), 1: set()}
+    for step in range(12):
+        batch = draw(step)
+        assert batch["x"].shape == (16, 6)
+        np.testing.assert_array_equal(np.sort(batch["task"]), [0] * 8 + [1] * 8)
+        for task in labels:
+            labels[task] |= set(batch["label"][batch["task"] == task].tolist())
+    assert labels == {0: {0, 1}, 1: {0, 1, 2}}
+    alone = multitask.take(own_rows_problem, ["b"])
+    assert one._batches(alone, seed=3)(0)["x"].shape == (8, 6)
+    found = one.run(multitask.aggregated("MGDA", aggregation.mgda), 0)
+    assert min(found.history["grad_norm"]) > 0
+
+
+def test_batches_too_small_for_all_tasks(own_rows_problem, tmp_path, quiet):
+    small = dataclasses.replace(SETTINGS, batch_size=1)
+    one = multitask.Bench(own_rows_problem, small, progress=quiet, folder=tmp_path)
+    with pytest.raises(ValueError, match="a row for each of 2 tasks, found 1"):
+        one.run(multitask.scalarised((1.0, 1.0)), 0)

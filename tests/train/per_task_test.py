@@ -496,3 +496,15 @@ def test_a_vision_transformer_with_surgery_compiles_for_a_tpu(monkeypatch):
     for whole in (f"2,{width},{4 * width}", f"2,{4 * width},{width}"):
         assert f"f32[{T},{whole}]" not in texts[0]
         assert f"bf16[{T},{whole}]" not in texts[0]
+
+
+def test_an_aggregator_that_says_not_finite_stops_the_run(fit):
+    whole = aggregation.mean()
+
+    def update(updates, state, params=None, **extra):
+        out, new = whole.update(updates, state, params, **extra)
+        return out, new._replace(finite=new.finite & (extra["losses"][0] < 0))
+
+    doubtful = aggregation.Aggregator(whole.init, update)
+    with pytest.raises(train.NonFiniteError):
+        fit(2, aggregator=doubtful)
