@@ -1,5 +1,6 @@
 """A small regression problem with noise drawn inside the loss."""
 
+import signal
 import types
 
 import jax
@@ -9,6 +10,14 @@ import optax
 import pytest
 
 from mtl_jax import train
+
+
+@pytest.fixture(autouse=True)
+def interrupts():
+    """A shell's background jobs start with SIGINT ignored; tests send it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def _init(key):
