@@ -6,7 +6,8 @@ Problems: digits (two overlaid digits), census (three questions about one person
 texts (six text tasks on MiniLM), schools (one regression per school). Trainings are
 remembered, so a study that was stopped goes on. The numbers go to
 OUT/gradient_methods-PROBLEM.json, Markdown for experiments/RESULTS.md to the terminal,
-the report with its plots to WORKDIR.
+the report with its plots to WORKDIR. Weightings of losses go through the engine of task
+gradients here, so their time per step is more than they would cost alone.
 """
 
 import argparse
