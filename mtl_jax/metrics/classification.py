@@ -2,6 +2,7 @@
 
 import chex
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from mtl_jax.losses._arguments import check_labels, class_mask_like

@@ -147,9 +147,10 @@ class Bench:
         would stand still for it. Tasks alone get as many rows as they have together.
         """
         rows, size = problem.splits["train"], self.settings.batch_size
+        steps: Any
         if not problem.own_rows:
-            source = data.ArraySource(rows)
-            return data.pipeline(source, batch_size=size, seed=seed).__getitem__
+            steps = data.pipeline(data.ArraySource(rows), batch_size=size, seed=seed)
+            return steps.__getitem__
         count = len(self.problem.targets)
         if size < count:
             raise ValueError(

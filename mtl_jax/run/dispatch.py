@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from mtl_jax import catalog, data, multitask, report, train, zoo
 from mtl_jax.run import compare
 from mtl_jax.run import study as study_lib
+from mtl_jax.train import optim
 
 Suite = tuple[zoo.Encoder, tuple[zoo.TaskData, ...]]
 
@@ -229,7 +230,7 @@ def _contest_step(config: ConfigDict, module: Any) -> tuple[train.Trainable, Any
     )
     training = multitask.Settings(**_plain(config.training))
     method = module.build(config).rows[-1].candidates[0]
-    tx = train.optim.over_steps(training.steps, training.optimizer)
+    tx = optim.over_steps(training.steps, training.optimizer)
     batch = {
         name: jax.ShapeDtypeStruct((training.batch_size, *x.shape[1:]), x.dtype)
         for name, x in problem.splits["train"].items()

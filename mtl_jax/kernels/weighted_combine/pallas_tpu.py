@@ -80,7 +80,9 @@ def weighted_combine(
 ) -> list[chex.Array]:
     """Leaves [M, ...] of leaves [T, ...] and weights [M, T]."""
     weights = weights.astype(jnp.float32)
-    out = [jnp.zeros((weights.shape[0], *x.shape[1:]), x.dtype) for x in leaves]
+    out: list[chex.Array] = [
+        jnp.zeros((weights.shape[0], *x.shape[1:]), x.dtype) for x in leaves
+    ]
     for numbers in tpu_tasks.plan(leaves):
         some = [leaves[i] for i in numbers]
         launched = _launch(tpu_tasks.operand(some), weights, interpret=interpret)

@@ -243,7 +243,8 @@ def task_vjp(
                 f"{fn_name}: loss_fn wants to return (losses [T], aux), "
                 f"found {type(out).__name__}"
             )
-        losses, aux = (out[0], out[1]) if has_aux else (out, None)
+        losses: Any = out[0] if has_aux else out
+        aux = out[1] if has_aux else None
         check_losses(fn_name, losses)
         return losses.astype(tree.wide_dtype(losses.dtype)), aux
 
