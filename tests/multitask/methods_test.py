@@ -7,8 +7,6 @@ import pytest
 
 from mtl_jax import aggregation, multitask, weighting
 
-pytestmark = pytest.mark.fast
-
 
 def test_simplex_covers_what_it_says():
     points = multitask.simplex(3, 6)

@@ -6,8 +6,6 @@ import pytest
 
 from mtl_jax import tree, zoo
 
-pytestmark = pytest.mark.fast
-
 
 def _manual(world, trained, task):
     """Accuracy by NumPy, from the features up."""

@@ -4,7 +4,6 @@ import pytest
 from mtl_jax import data, zoo
 
 
-@pytest.mark.fast
 def test_heads_are_unit_and_rows_are_apart(tiny_suite):
     encoder, tasks = tiny_suite
     assert [task.name for task in tasks] == ["task0", "task1", "task2"]
@@ -18,7 +17,6 @@ def test_heads_are_unit_and_rows_are_apart(tiny_suite):
         encoder.prototypes(data.get("digits"), {})
 
 
-@pytest.mark.fast
 def test_the_normalisation_belongs_to_the_encoder_or_to_the_head(tiny_suite, quiet):
     encoder, tasks = tiny_suite
     found = encoder.features(encoder.params, tasks[0].splits["test"])
@@ -44,7 +42,6 @@ TINY = {
 }
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize(
     "options",
     [

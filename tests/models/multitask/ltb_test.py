@@ -62,7 +62,6 @@ def test_each_task_follows_its_path(inner, task, ready, x):
     assert [c.tolist() for c in chosen] == [inner, task]
 
 
-@pytest.mark.fast
 def test_choices_are_samples_of_the_logits():
     logits = jnp.log(jnp.array([[0.7, 0.2, 0.1]]))
     keys = jax.random.split(jax.random.key(0), 4000)
@@ -74,7 +73,6 @@ def test_choices_are_samples_of_the_logits():
     assert np.mean(np.max(cold, -1)) > 0.99
 
 
-@pytest.mark.fast
 def test_straight_through_is_hard_forward_and_soft_backward():
     logits = jnp.array([[0.3, -0.2], [0.1, 0.4]])
     key, values = jax.random.key(3), jnp.array([[1.0, 2.0], [4.0, 3.0]])
@@ -110,7 +108,6 @@ def test_samples_need_their_rng_and_take_a_temperature(ready, x):
     assert parents(0, 0.01).max(-1).min() > parents(0, 100.0).max(-1).max()
 
 
-@pytest.mark.fast
 def test_choices_are_drawn_where_there_is_an_rng(ready, x):
     module, params = ready
 
@@ -127,7 +124,6 @@ def test_choices_are_drawn_where_there_is_an_rng(ready, x):
     assert not np.any(fixed["branch_logits"])
 
 
-@pytest.mark.fast
 def test_no_stages_are_refused(x):
     with pytest.raises(ValueError, match="LTB: stages must hold"):
         jax.eval_shape(multitask.LTB(OUTPUTS, stages=()).init, jax.random.key(0), x)

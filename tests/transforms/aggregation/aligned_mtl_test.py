@@ -5,8 +5,6 @@ import pytest
 
 from mtl_jax import aggregation
 
-pytestmark = pytest.mark.fast
-
 LEVELS = {
     "min": np.min,
     "median": lambda x: np.sort(x)[(len(x) - 1) // 2],

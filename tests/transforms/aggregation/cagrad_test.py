@@ -7,8 +7,6 @@ import pytest
 
 from mtl_jax import aggregation
 
-pytestmark = pytest.mark.fast
-
 weigh = jax.jit(aggregation.weights.cagrad, static_argnums=1)
 
 

@@ -6,8 +6,6 @@ import pytest
 
 from mtl_jax import aggregation, tree
 
-pytestmark = pytest.mark.fast
-
 PARAMS = {"a": {"k": jnp.zeros((2, 3)), "b": jnp.zeros(3)}, "c": jnp.zeros(4)}
 
 

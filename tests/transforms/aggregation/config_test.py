@@ -5,8 +5,6 @@ import pytest
 
 from mtl_jax import aggregation
 
-pytestmark = pytest.mark.fast
-
 
 def oracle(grads, preference=None):
     """Equation 2 on full vectors, float64."""

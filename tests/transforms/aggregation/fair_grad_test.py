@@ -7,8 +7,6 @@ import pytest
 
 from mtl_jax import aggregation
 
-pytestmark = pytest.mark.fast
-
 
 @functools.cache
 def weigher(alpha):

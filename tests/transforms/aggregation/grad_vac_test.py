@@ -8,8 +8,6 @@ import pytest
 from mtl_jax import aggregation
 from mtl_jax.transforms.aggregation import _pcgrad
 
-pytestmark = pytest.mark.fast
-
 
 def oracle(grads, orders, targets, beta):
     """Algorithm 1 on full vectors, float64 loops; moves `targets` in place."""

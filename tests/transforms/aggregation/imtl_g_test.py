@@ -5,8 +5,6 @@ import pytest
 
 from mtl_jax import aggregation
 
-pytestmark = pytest.mark.fast
-
 weigh = jax.jit(aggregation.weights.imtl_g)
 
 

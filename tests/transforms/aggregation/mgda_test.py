@@ -9,8 +9,6 @@ import pytest
 
 from mtl_jax import aggregation
 
-pytestmark = pytest.mark.fast
-
 weigh = jax.jit(aggregation.weights.mgda, static_argnames="normalize")
 
 

@@ -5,8 +5,6 @@ import pytest
 
 from mtl_jax import aggregation
 
-pytestmark = pytest.mark.fast
-
 
 def softmax(x):
     e = np.exp(x - x.max())

@@ -5,9 +5,6 @@ import pytest
 
 from mtl_jax import aggregation
 
-pytestmark = pytest.mark.fast
-
-
 free = jax.jit(lambda gram: aggregation.weights.nash_mtl(gram, max_norm=0))
 
 

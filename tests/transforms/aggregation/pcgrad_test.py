@@ -9,8 +9,6 @@ import pytest
 from mtl_jax import aggregation
 from mtl_jax.transforms.aggregation import _pcgrad
 
-pytestmark = pytest.mark.fast
-
 
 def oracle(grads, orders):
     """Algorithm 1 on full vectors, float64 loops."""

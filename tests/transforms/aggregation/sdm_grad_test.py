@@ -4,8 +4,6 @@ import pytest
 
 from mtl_jax import aggregation
 
-pytestmark = pytest.mark.fast
-
 
 def simplex(v):
     """Projection by trying every size of support, float64."""

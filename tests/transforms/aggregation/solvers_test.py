@@ -9,8 +9,6 @@ import pytest
 
 from mtl_jax.transforms.aggregation import _solvers
 
-pytestmark = pytest.mark.fast
-
 project = jax.jit(_solvers.project_simplex)
 follow = jax.jit(_solvers.nonnegative_path)
 above = jax.jit(_solvers.quadratic_above)

@@ -8,8 +8,6 @@ import pytest
 
 from mtl_jax import bilevel
 
-pytestmark = pytest.mark.fast
-
 
 def problem(seed=0, tasks=3, size=4):
     rng = np.random.default_rng(seed)

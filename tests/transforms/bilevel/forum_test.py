@@ -6,8 +6,6 @@ import pytest
 
 from mtl_jax import bilevel
 
-pytestmark = pytest.mark.fast
-
 
 def f32(x):
     return jnp.asarray(x, jnp.float32)

@@ -6,8 +6,6 @@ import pytest
 
 from mtl_jax import bilevel
 
-pytestmark = pytest.mark.fast
-
 RNG = np.random.default_rng(1)
 ROOTS = RNG.normal(size=(3, 4, 4))
 MATRICES = ROOTS @ ROOTS.transpose(0, 2, 1) / 4

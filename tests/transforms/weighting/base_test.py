@@ -84,7 +84,6 @@ def test_equals_the_formula_in_float64(name, losses):
     )
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("name", ORACLES)
 def test_weights_are_the_slope_of_the_formula(name):
     """FAMO holds its normaliser constant: there the slope of the constant is absent."""
@@ -187,7 +186,6 @@ def test_no_task_present_is_zero_loss(name):
     np.testing.assert_array_equal(weights, np.zeros(3))
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("name", POSITIVE)
 def test_forbidden_losses(name):
     """Named where values are known; clipped and flagged where they are not."""
@@ -257,7 +255,6 @@ def test_low_precision_is_widened():
     assert method.loss(losses, *method.init(2)).dtype == jnp.float32
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("losses", [jnp.ones(()), jnp.ones((2, 2)), jnp.ones(0)])
 def test_losses_are_a_vector(losses):
     with pytest.raises(ValueError, match=r"sum: losses are .*, wanted one per task"):
@@ -275,7 +272,6 @@ def test_no_tasks():
         weighting.sum().init(0)
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -5,8 +5,6 @@ import pytest
 
 from mtl_jax import weighting
 
-pytestmark = pytest.mark.fast
-
 
 def distance(logits, losses, first, norms, alpha, target=None):
     e = np.exp(logits - logits.max())
