@@ -20,7 +20,7 @@ def oracle(x):
     return x @ x.T
 
 
-def close(got, want, tolerance=2e-5):
+def close(got, want, tolerance=2e-6):
     """Against the largest product: what cancels has lost its digits already."""
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * np.abs(want).max())
@@ -40,8 +40,10 @@ def test_kernel_matches_float64(shape, dtype):
 def test_default_and_definition_match_float64(shape, dtype):
     x = stack(shape, dtype)
     # XLA on CPUs sums products of narrow floats one after the other.
-    close(kernels.gram(x), oracle(x), 2e-6 if dtype == jnp.float32 else 2e-5)
-    close(ref.gram(x), oracle(x))
+    # XLA may sum products of half precision in its own order.
+    tolerance = 2e-6 if dtype == jnp.float32 else 2e-5
+    close(kernels.gram(x), oracle(x), tolerance)
+    close(ref.gram(x), oracle(x), tolerance)
     np.testing.assert_array_equal(kernels.gram(x), kernels.gram(x).T)
 
 
