@@ -32,7 +32,8 @@ class Problem:
       splits: "train", "validation", "test" -> columns [N, ...]. With a column `task`
         [N] each row belongs to one task, its label is in the column `label`, and the
         loss of a task is the mean over its own rows of a batch: 0 where it has none.
-      model: a `models.multitask.MultiTaskModule` whose outputs are the targets.
+      model: a `models.multitask.MultiTaskModule` whose outputs are the targets. What it
+        sows in the collection "losses" is a penalty, see `loss_fn`.
       about: plain data that tell the model from every other; part of the address of
         what is measured on the problem.
       rules: sharding rules of the parameters, see `train.Trainable`.
@@ -103,6 +104,21 @@ class Problem:
         columns = [batch[name] for name in self.inputs]
         return self._apply(params, *columns, key=key, method="encode")
 
+    def encode_with_penalty(
+        self, params: chex.ArrayTree, batch: Rows, key: Any = None
+    ) -> tuple[Any, chex.Array | None]:
+        """The same, and the sum of what the model sows in the collection "losses".
+
+        Returns:
+          `(z, penalty)`, a float32 scalar; None where nothing is sown.
+        """
+        columns = [batch[name] for name in self.inputs]
+        z, state = self._apply(
+            params, *columns, key=key, method="encode", mutable=["losses"]
+        )
+        sown = [jnp.asarray(x, jnp.float32) for x in jax.tree.leaves(state)]
+        return z, sum(sown[1:], sown[0]) if sown else None
+
     def decode(self, params: chex.ArrayTree, z: Any) -> dict[str, chex.Array]:
         """Outputs of all tasks, {name: [B, size]} float32, from a representation."""
         return self._apply(params, z, method="decode")
@@ -123,8 +139,31 @@ class Problem:
     def loss_fn(
         self, params: chex.ArrayTree, batch: Rows, key: chex.PRNGKey
     ) -> tuple[chex.Array, dict[str, chex.Array]]:
-        """`(losses [T], metrics)`, as `train.Trainable` takes it with an aggregator."""
-        return self.task_losses(self.outputs(params, batch, key), batch), {}
+        """`(losses [T], metrics)`, as `train.Trainable` takes it with an aggregator.
+
+        A penalty that the model sows, such as that of `DSelectK`, is split evenly over
+        the tasks that the batch has rows of. So the sum of the losses holds it once, and
+        leaves that no task shares, such as gates, get exactly its gradient whatever the
+        aggregator; what is shared, and methods that look at the losses, see each task
+        with its part. Metrics tell it apart: `penalty`, and `task_loss`, the sum of the
+        losses without it. Evaluation has none of it.
+        """
+        z, penalty = self.encode_with_penalty(params, batch, key)
+        found = self.task_losses(self.decode(params, z), batch)
+        if penalty is None:
+            return found, {}
+        present = jnp.minimum(self.task_counts(batch), 1)
+        share = present / jnp.maximum(jnp.sum(present), 1)
+        return found + penalty * share, {
+            "penalty": penalty,
+            "task_loss": jnp.sum(found),
+        }
+
+    def task_counts(self, batch: Rows) -> chex.Array:
+        """How many rows of a batch each task has, [T] float32."""
+        return jnp.stack(
+            [jnp.sum(mask.astype(jnp.float32)) for _, _, mask in self._labels(batch)]
+        )
 
     def evaluate(self, params: chex.ArrayTree, split: str) -> dict[str, float]:
         """The metric of every task on its rows of a split.
@@ -175,9 +214,9 @@ class Problem:
                 mask = jnp.ones(label.shape, bool)
             yield target, label, mask
 
-    def _apply(self, params: Any, *args: Any, key: Any = None, method: str) -> Any:
+    def _apply(self, params: Any, *args: Any, key: Any = None, **options: Any) -> Any:
         rngs = None if key is None else {"dropout": key, "branch": key}
-        return self.model.apply({"params": params}, *args, rngs=rngs, method=method)
+        return self.model.apply({"params": params}, *args, rngs=rngs, **options)
 
 
 def _loss(target: Target, output: chex.Array, label: chex.Array) -> chex.Array:

@@ -57,7 +57,7 @@ def _total(tsr: float, csa: float, temperature: float):
                 f"several tasks meet in one row; each row of {problem.name!r} belongs "
                 "to one task"
             )
-        z = problem.encode(params, batch, key)
+        z, penalty = problem.encode_with_penalty(params, batch, key)
         if "shared" not in z:
             raise ValueError(
                 f"rep-mtl: {type(problem.model).__name__} has no shared representation"
@@ -71,7 +71,10 @@ def _total(tsr: float, csa: float, temperature: float):
             heads, params, z["shared"], tsr=tsr, csa=csa, temperature=temperature
         )
         metrics = {name: parts[name] for name in ("tsr", "csa") if name in parts}
-        return loss, metrics | {"task_loss": jnp.sum(parts["losses"])}
+        metrics |= {"task_loss": jnp.sum(parts["losses"])}
+        if penalty is None:
+            return loss, metrics
+        return loss + penalty, metrics | {"penalty": penalty}
 
     return total
 

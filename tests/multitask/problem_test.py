@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -107,3 +108,81 @@ def test_evaluation_refuses_what_has_no_answer(problem, own_rows_problem, params
     lonely = dataclasses.replace(own_rows_problem, splits=splits)
     with pytest.raises(ValueError, match="no test row belongs to 'b'"):
         lonely.evaluate(lonely.init(jax.random.key(0)), "test")
+
+
+def with_gates(problem, **options):
+    """The same tasks behind gates that choose; two tenths of the penalty are on."""
+    expert = {"model": "mlp", "features": (4,), "activate_final": True}
+    model = multitask.build(
+        "dselect_k",
+        {t.name: t.size for t in problem.targets},
+        expert=expert,
+        num_experts=3,
+        **options,
+    )
+    return dataclasses.replace(problem, model=model)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_sown_penalty_moves_the_gates_by_its_gradient(problem, own_rows_problem, own):
+    source = own_rows_problem if own else problem
+    found = with_gates(source, entropy=0.2, outside=0.3)
+    plain = with_gates(source, entropy=0.0, outside=0.0)
+    params = jax.jit(found.init)(jax.random.key(0))
+    batch = {name: jnp.asarray(x[:15]) for name, x in source.splits["train"].items()}
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(which, params):
+        return (
+            which.loss_fn(params, batch, None),
+            jax.grad(lambda p: jnp.sum(which.loss_fn(p, batch, None)[0]))(params),
+        )
+
+    @jax.jit
+    @jax.value_and_grad
+    def penalty(params):
+        """By the module itself, gate by gate."""
+        _, state = found.model.apply(
+            {"params": params}, batch["x"], mutable=["losses"], method="encode"
+        )
+        return sum(jax.tree.leaves(state))
+
+    # Entropy of 2 selectors over 3 of 4 codes, and 1 / (3/4), at near-uniform codes.
+    each = 0.2 * 2 * 3 / 4 * np.log(4) + 0.3 * 2 * 4 / 3
+    (value, slope), count = penalty(params), len(source.targets)
+    np.testing.assert_allclose(value, count * each, rtol=0.02)
+    moved = {name for name, x in slope.items() if any(map(np.any, jax.tree.leaves(x)))}
+    assert moved == {f"gates_{name}" for name in source.task_names}
+    (losses, metrics), grads = both(found, params)
+    (without, nothing), before = both(plain, params)
+    jax.tree.map(
+        lambda a, b, c: np.testing.assert_allclose(a, b + c, rtol=1e-4, atol=1e-6),
+        grads,
+        before,
+        slope,
+    )
+    np.testing.assert_allclose(losses - without, [value / count] * count, rtol=1e-4)
+    np.testing.assert_allclose(metrics["penalty"], value, rtol=1e-6)
+    np.testing.assert_allclose(metrics["task_loss"], np.sum(without), rtol=1e-6)
+    assert nothing["penalty"] == 0
+    assert found.evaluate(params, "test") == plain.evaluate(params, "test")
+
+
+def test_the_penalty_is_split_over_the_tasks_that_are_there(own_rows_problem):
+    found = with_gates(own_rows_problem)
+    params = jax.jit(found.init)(jax.random.key(0))
+    rows = own_rows_problem.splits["train"]
+    batch = {name: x[rows["task"] == 1][:5] for name, x in rows.items()}
+    np.testing.assert_array_equal(found.task_counts(batch), [0, 5])
+    losses, metrics = found.loss_fn(params, batch, None)
+    np.testing.assert_allclose(losses, [0, metrics["penalty"] + metrics["task_loss"]])
+
+
+def test_rows_are_counted_by_task(problem, own_rows_problem):
+    def head(which):
+        return {name: x[:11] for name, x in which.splits["train"].items()}
+
+    np.testing.assert_array_equal(problem.task_counts(head(problem)), [11, 11, 11])
+    np.testing.assert_array_equal(
+        own_rows_problem.task_counts(head(own_rows_problem)), [8, 3]
+    )

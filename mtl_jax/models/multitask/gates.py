@@ -146,9 +146,9 @@ class SparseGate(nn.Module):
       r^i = code_weights(smooth_step(z^i)),    g = sum_i softmax(w)_i r^i
 
     Where every |z| reaches gamma / 2 each selector picks one choice. The collection
-    "losses" receives two penalties, means over the batch, for the caller to weigh
-    and add: `selector_entropy`, sum_i H(r^i), which drives the codes to 0 and 1, and,
-    if N is no power of two, `selector_outside`, sum_i 1 / sum_n r^i_n, which keeps
+    "losses" receives two penalties, weighted means over the batch, for the caller to
+    add to the loss: `selector_entropy`, sum_i H(r^i), which drives the codes to 0 and 1,
+    and, if N is no power of two, `selector_outside`, sum_i 1 / sum_n r^i_n, which keeps
     weight away from codes that stand for nothing.
 
     Attributes:
@@ -157,12 +157,16 @@ class SparseGate(nn.Module):
       gamma: width of the smooth step.
       per_example: z and w are linear in x; otherwise they are parameters and the
         same for all rows.
+      entropy: weight of `selector_entropy`.
+      outside: weight of `selector_outside`.
     """
 
     choices: int
     k: int = 2
     gamma: float = 1.0
     per_example: bool = False
+    entropy: float = 1.0
+    outside: float = 1.0
 
     @nn.compact
     def __call__(self, x: chex.Array) -> chex.Array:
@@ -192,11 +196,12 @@ class SparseGate(nn.Module):
         """Sows the penalties of [B, k, N]."""
         log = jnp.log(jnp.where(selectors > 0, selectors, 1))
         entropy = -jnp.sum(selectors * log, axis=(1, 2))
-        self.sow("losses", "selector_entropy", jnp.mean(entropy))
+        self.sow("losses", "selector_entropy", self.entropy * jnp.mean(entropy))
         if self.choices & (self.choices - 1):
             inside = jnp.sum(selectors, axis=-1)
             inverse = 1 / jnp.maximum(inside, 1e-6)
-            self.sow("losses", "selector_outside", jnp.mean(jnp.sum(inverse, axis=-1)))
+            outside = jnp.mean(jnp.sum(inverse, axis=-1))
+            self.sow("losses", "selector_outside", self.outside * outside)
 
 
 def _symmetric_uniform(bound: float):
@@ -221,15 +226,27 @@ class DSelectK(MMoE, kw_only=True):
       k: at most this many experts per task.
       gamma: width of the smooth step.
       per_example: gates that depend on the input.
+      entropy: weight of the penalty that makes gates choose; the paper tunes it.
+      outside: weight of the penalty on codes that stand for no expert.
 
     **Follows**: Hazimeh et al. 2021, "DSelect-k: Differentiable Selection in the
     Mixture of Experts with Applications to Multi-Task Learning", sections 3.2-3.3
     and appendix on numbers of experts that are no power of two.
+    **Differs**: the weights of the penalties are our choice, small beside a loss of one.
     """
 
     k: int = 2
     gamma: float = 1.0
     per_example: bool = False
+    entropy: float = 0.01
+    outside: float = 0.01
 
     def _make_gate(self) -> nn.Module:
-        return SparseGate(self.num_experts, self.k, self.gamma, self.per_example)
+        return SparseGate(
+            self.num_experts,
+            self.k,
+            self.gamma,
+            self.per_example,
+            self.entropy,
+            self.outside,
+        )
