@@ -60,7 +60,8 @@ __all__ = [
     "wide_dtype",
 ]
 
-_GRAM_BLOCK = 8192
+_GRAM_BLOCK = 8192  # elements of each task
+_COMBINE_BLOCK = 32  # tasks
 
 
 def map_with_path(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
@@ -220,17 +221,34 @@ def add_scaled(base: Any, delta: Any, scale: Any = 1.0) -> Any:
     )
 
 
+def _weighted_sum(x: jax.Array, w: jax.Array) -> jax.Array:
+    """`sum_t w[t] * x[t]` in the dtype of w; written out, so that x is read once."""
+    total = w[0] * x[0].astype(w.dtype)
+    for t in range(1, x.shape[0]):
+        total = total + w[t] * x[t].astype(w.dtype)
+    return total
+
+
 @jax.jit
 def _combine(tree, weights):
     def leaf(x, w):
         if not is_inexact(x):
             return x[0]
-        wide = wide_dtype(x.dtype)
-        w = w.astype(wide)
-        total = w[0] * x[0].astype(wide)
-        for t in range(1, x.shape[0]):
-            total = total + w[t] * x[t].astype(wide)
-        return total.astype(x.dtype)
+        w = w.astype(wide_dtype(x.dtype))
+        blocks = -(-x.shape[0] // _COMBINE_BLOCK)
+        size = x.shape[0] // blocks
+
+        first = x.shape[0] - (blocks - 1) * size
+
+        def add(i, total):
+            start = first + i * size
+            rows = jax.lax.dynamic_slice_in_dim(x, start, size)
+            weights = jax.lax.dynamic_slice_in_dim(w, start, size)
+            return total + _weighted_sum(rows, weights)
+
+        # Many tasks written out at once would take minutes to compile.
+        total = _weighted_sum(x[:first], w[:first])
+        return jax.lax.fori_loop(0, blocks - 1, add, total).astype(x.dtype)
 
     return jax.tree.map(leaf, tree, weights)
 
