@@ -27,7 +27,18 @@ def mean_over_microbatches(
     """
     if accumulate == 1:
         return fn(batch, key)
-    parts = split_batch(batch, mesh, accumulate)
+    parts = (jnp.arange(accumulate), split_batch(batch, mesh, accumulate))
+    return mean_over_parts(fn, batch, key, parts)
+
+
+def mean_over_parts(
+    fn: Callable[[Any, chex.PRNGKey], tuple[Any, Any]],
+    batch: Any,
+    key: chex.PRNGKey,
+    parts: tuple[chex.Array, Any],
+) -> tuple[Any, Any]:
+    """As `mean_over_microbatches`, over some parts: (their numbers, their rows)."""
+    count = parts[0].shape[0]
 
     def run(index, rows):
         return fn(join_batch(batch, rows), jax.random.fold_in(key, index))
@@ -37,12 +48,12 @@ def mean_over_microbatches(
         return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads), values
 
     first = jax.tree.map(lambda x: x[0], parts)
-    like = jax.eval_shape(run, jnp.zeros((), jnp.int32), first)[1]
+    like = jax.eval_shape(run, *first)[1]
     zeros = jax.tree.map(
         lambda g: jnp.zeros(g.shape, mtl_tree.wide_dtype(g.dtype)), like
     )
-    total, values = jax.lax.scan(body, zeros, (jnp.arange(accumulate), parts))
-    grads = jax.tree.map(lambda t, g: (t / accumulate).astype(g.dtype), total, like)
+    total, values = jax.lax.scan(body, zeros, parts)
+    grads = jax.tree.map(lambda t, g: (t / count).astype(g.dtype), total, like)
     return jax.tree.map(lambda v: jnp.mean(v, 0), values), grads
 
 

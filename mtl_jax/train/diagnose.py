@@ -79,6 +79,8 @@ def nonfinite_error(
             parts.append(
                 f"not finite in {kind}: {shown}" + (f" and {more} more" * (more > 0))
             )
+    if not parts:
+        parts.append("all is well before the update, a loss after it is not")
     message = f"fit: step {step} is not finite: " + "; ".join(parts)
     if workdir is not None and jax.process_index() == 0:
         _dump(workdir, report, batch)

@@ -1,6 +1,5 @@
 """The gradient of a step whose loss function returns one loss per task."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -12,24 +11,15 @@ from jax.sharding import Mesh
 from mtl_jax import tree as mtl_tree
 from mtl_jax.train import sharding
 from mtl_jax.train.accumulate import (
-    join_batch,
     mean_over_microbatches,
+    mean_over_parts,
     split_batch,
 )
 from mtl_jax.train.conflicts import conflict_metrics
-from mtl_jax.train.objective import (
-    RESERVED,
-    Metrics,
-    check_metrics,
-    check_tasks,
-    task_objective,
-)
-from mtl_jax.train.state import (
-    TrainState,
-    lenient_promotion,
-    merge,
-    split_shared,
-)
+from mtl_jax.train.held_out import held_out_gradients
+from mtl_jax.train.objective import RESERVED, Metrics, check_metrics, check_tasks
+from mtl_jax.train.state import TrainState, lenient_promotion, merge, split_shared
+from mtl_jax.train.task_losses import TaskLosses, Values
 from mtl_jax.train.trainable import Trainable
 from mtl_jax.transforms import aggregation
 
@@ -42,7 +32,8 @@ class Found(NamedTuple):
       metrics: float32 scalars.
       grads: tree like the trained leaves.
       aggregator: the new state of the aggregator.
-      finite: bool [], whether losses and task gradients were finite.
+      finite: bool [], whether losses, and task gradients where they or their inner
+        products are had, were finite.
     """
 
     loss: chex.Array
@@ -56,6 +47,7 @@ _ROWS = 2**30  # Bytes of task gradients up to which "auto" forms them.
 _WHOLE = {
     "features": "decides on the features",
     "flat": "moves each task along its gradient",
+    "bilevel": "holds out a half",
 }
 
 
@@ -66,7 +58,8 @@ class PerTaskGradients:
       trainable: one with an aggregator.
       mesh: the mesh the batch is split over.
       accumulate: number of microbatches. Task gradients are averaged over them; the
-        Gramian is that of the averages.
+        Gramian is that of the averages. Weights that depend on losses are those of the
+        averages too, so every microbatch runs forward once before.
 
     Raises:
       ValueError: when the engine cannot work on microbatches.
@@ -82,6 +75,8 @@ class PerTaskGradients:
         self.trainable, self.mesh, self.accumulate = trainable, mesh, accumulate
         self.aggregator = optax.with_extra_args_support(trainable.aggregator)
         self.rule = getattr(trainable.aggregator, "rule", None)
+        self.reads = ("gram",) if self.rule is None else self.rule.reads
+        self.losses = TaskLosses(trainable, mesh, accumulate)
         self.num_tasks: int | None = None  # Of the first trace.
 
     def __call__(self, state: TrainState, batch: Any, key: chex.PRNGKey) -> Found:
@@ -91,6 +86,18 @@ class PerTaskGradients:
             return self._from_features(state, batch, key)
         if engine == "flat":
             return self._from_flat(state, batch, key)
+        if engine == "bilevel":
+            self._check_parts("the aggregator holds out a half of the batch", batch, 2)
+            values, grads, new, weights = held_out_gradients(
+                self.losses, state, batch, key
+            )
+            return self._found(values, grads, new, None, weights)
+        if "cross_gram" in self.reads:
+            return self._from_halves(state, batch, key)
+        if engine == "auto" and "gram" not in self.reads:
+            if self.accumulate > 1 and "losses" not in self.reads:
+                return self._from_constants(state, batch, key)
+            return self._from_losses(state, batch, key)
         if engine == "auto" and self._row_bytes(state, batch, key) <= _ROWS:
             engine = "map"
         if engine in ("auto", "gramian") and self.rule is not None:
@@ -99,42 +106,141 @@ class PerTaskGradients:
                 return found
         return self._from_rows(state, batch, key)
 
+    def after(
+        self, found: Found, state: TrainState, batch: Any, key: chex.PRNGKey
+    ) -> Found:
+        """What the method learns from the losses of the same batch after the update.
+
+        Args:
+          found: what the batch said.
+          state: with the new parameters.
+          batch: the batch.
+          key: that of the step, so that the random draws are the same.
+        """
+        if self.rule is None or self.rule.after is None:
+            return found
+        losses, _ = self.losses.mean(state.params, state.frozen, batch, key)
+        new = found.aggregator
+        new = new._replace(method=self.rule.after(new.method, losses))
+        finite = found.finite & jnp.all(jnp.isfinite(losses))
+        return found._replace(aggregator=new, finite=finite)
+
     def _row_bytes(self, state: TrainState, batch: Any, key: chex.PRNGKey) -> int:
         """Bytes of all task gradients of the shared leaves, over all devices."""
         shared = split_shared(state.params, self.trainable.shared)[0]
-        losses, _ = jax.eval_shape(
-            lambda p: self._losses(p, state.frozen, batch, key), state.params
+        count = self.losses.count(state.params, state.frozen, batch, key)
+        return count * mtl_tree.nbytes(shared)
+
+    def _from_losses(self, state: TrainState, batch: Any, key: chex.PRNGKey) -> Found:
+        """Weighs the losses and goes back once."""
+        values, pull_shared, pull_rest = self.losses.vjp(
+            state.params, lambda p: self.losses.mean(p, state.frozen, batch, key)
         )
-        return losses.shape[0] * mtl_tree.nbytes(shared)
+        extra = self.losses.known(values[0], batch)
+        weights, new = self._weigh(None, state.opt_state.aggregator, extra)
+        rest = pull_rest(jnp.ones_like(values[0]))
+        return self._found(
+            values, merge(pull_shared(weights), rest), new, None, weights
+        )
+
+    def _from_constants(
+        self, state: TrainState, batch: Any, key: chex.PRNGKey
+    ) -> Found:
+        """The same for weights known before the batch: every microbatch runs once."""
+        count = self.losses.count(state.params, state.frozen, batch, key)
+        extra = self.losses.known(jnp.zeros(count), batch)
+        weights, new = self._weigh(None, state.opt_state.aggregator, extra)
+        shares = self.losses.shares(batch, self.accumulate)
+
+        def run(micro, key):
+            values, pull_shared, pull_rest = self.losses.vjp(
+                state.params,
+                lambda p: self.losses.at(p, state.frozen, micro, key, shares(micro)),
+            )
+            rest = pull_rest(jnp.ones_like(values[0]))
+            return values, merge(pull_shared(weights), rest)
+
+        values, grads = mean_over_microbatches(
+            run, batch, key, self.mesh, self.accumulate
+        )
+        return self._found(values, grads, new, None, weights)
+
+    def _rows(self, state: TrainState, batch: Any, parts: int) -> Any:
+        """`run(microbatch, key) -> ((values, shares), (task gradients, rest))`."""
+        engine = "vmap" if self.trainable.grads == "vmap" else "map"
+        shares = self.losses.shares(batch, parts)
+
+        def run(micro, key):
+            own = shares(micro)
+            values, pull_shared, pull_rest = self.losses.vjp(
+                state.params,
+                lambda p: self.losses.at(p, state.frozen, micro, key, own),
+            )
+            rows = aggregation.task_rows(pull_shared, values[0], engine=engine)
+            return (values, own), (rows, pull_rest(jnp.ones_like(values[0])))
+
+        return run
 
     def _from_rows(self, state: TrainState, batch: Any, key: chex.PRNGKey) -> Found:
         """Forms the task gradients of the shared leaves."""
-        engine = "vmap" if self.trainable.grads == "vmap" else "map"
-
-        def run(batch, key):
-            values, pull_shared, pull_rest = self._vjp(
-                state, lambda p: self._losses(p, state.frozen, batch, key)
-            )
-            rows = aggregation.task_rows(pull_shared, values[0], engine=engine)
-            return values, (rows, pull_rest(jnp.ones_like(values[0])))
-
-        values, (rows, rest) = mean_over_microbatches(
+        run = self._rows(state, batch, self.accumulate)
+        (values, _), (rows, rest) = mean_over_microbatches(
             run, batch, key, self.mesh, self.accumulate
         )
         with jax.named_scope("aggregate"):
             gram = mtl_tree.gram(rows)
             shared = split_shared(state.params, self.trainable.shared)[0]
             update, weights, new = self._combine(
-                rows, gram, state.opt_state.aggregator, shared, values[0]
+                rows,
+                gram,
+                state.opt_state.aggregator,
+                shared,
+                self.losses.known(values[0], batch),
             )
         return self._found(values, merge(update, rest), new, gram, weights)
+
+    def _from_halves(self, state: TrainState, batch: Any, key: chex.PRNGKey) -> Found:
+        """Forms task gradients of two halves of the batch, whose products are unbiased.
+
+        The update combines their averages, the task gradients of the whole batch.
+        """
+        parts = self.accumulate * (1 + self.accumulate % 2)
+        self._check_parts("the aggregator needs cross_gram", batch, parts)
+        run = self._rows(state, batch, parts)
+        each = (jnp.arange(parts), split_batch(batch, self.mesh, parts))
+        half = parts // 2
+        first, second = (
+            mean_over_parts(run, batch, key, jax.tree.map(lambda x, at=at: x[at], each))
+            for at in (slice(half), slice(half, None))
+        )
+        ((values, _), (rows, rest)) = _mean_of_two(first, second)
+        with jax.named_scope("aggregate"):
+            # A half holds its share of each task's rows, not one half of them.
+            cross = aggregation.cross_gram(first[1][0], second[1][0])
+            a, b = (1 / jnp.where(x[0][1] > 0, x[0][1], 1) for x in (first, second))
+            cross = cross * a.reshape(-1, 1) * b.reshape(1, -1)
+            gram = mtl_tree.gram(rows)
+            extra = self.losses.known(values[0], batch) | {"cross_gram": cross}
+            weights, new = self._weigh(gram, state.opt_state.aggregator, extra)
+            update = mtl_tree.combine(rows, weights)
+        return self._found(values, merge(update, rest), new, gram, weights)
+
+    def _check_parts(self, why: str, batch: Any, parts: int) -> None:
+        """Refuses a batch that does not fall into so many parts."""
+        size = max((x.shape[0] for x in jax.tree.leaves(batch) if x.ndim), default=0)
+        devices = self.mesh.shape[sharding.DATA]
+        if size % (parts * devices):
+            raise ValueError(
+                f"train step: {why}; found {size} rows, wanted a multiple of "
+                f"{parts * devices} ({parts} parts of {devices} devices)"
+            )
 
     def _from_gramian(
         self, state: TrainState, batch: Any, key: chex.PRNGKey
     ) -> Found | None:
         """Forms inner products only; None where "auto" has to do it otherwise."""
-        values, pull_shared, pull_rest = self._vjp(
-            state, lambda p: self._mean_losses(p, state.frozen, batch, key)
+        values, pull_shared, pull_rest = self.losses.vjp(
+            state.params, lambda p: self.losses.mean(p, state.frozen, batch, key)
         )
         if not aggregation.has_transpose(pull_shared, values[0]):
             if self.trainable.grads == "auto":
@@ -146,7 +252,8 @@ class PerTaskGradients:
             )
         with jax.named_scope("gramian"):
             gram = aggregation.task_gramian(pull_shared, values[0])
-        weights, new = self._weigh(gram, state.opt_state.aggregator, values[0])
+        extra = self.losses.known(values[0], batch)
+        weights, new = self._weigh(gram, state.opt_state.aggregator, extra)
         rest = pull_rest(jnp.ones_like(values[0]))
         return self._found(
             values, merge(pull_shared(weights), rest), new, gram, weights
@@ -167,7 +274,11 @@ class PerTaskGradients:
         )(state.params, batch, key)
         gram = mtl_tree.gram(rows)
         direction, weights, new = self._combine(
-            rows, gram, state.opt_state.aggregator, None, values[0]
+            rows,
+            gram,
+            state.opt_state.aggregator,
+            None,
+            self.losses.known(values[0], batch),
         )
         return self._found(values, pullback(direction), new, gram, weights)
 
@@ -176,7 +287,7 @@ class PerTaskGradients:
         assert self.trainable.radii is not None
         rho_shared, rho_task = self.trainable.radii
         found = aggregation.flat_task_grads(
-            lambda p: self._losses(p, state.frozen, batch, key),
+            lambda p: self.losses.at(p, state.frozen, batch, key),
             rho_shared=rho_shared,
             rho_task=rho_task,
             shared=self.trainable.shared,
@@ -188,83 +299,46 @@ class PerTaskGradients:
                 found.shared,
                 state.opt_state.aggregator,
                 split_shared(state.params, self.trainable.shared)[0],
-                losses=found.losses,
+                **self.losses.known(found.losses, batch),
                 sam_grads=found.shared_sam,
             )
         values = (found.losses, found.aux)
         return self._found(values, merge(update, found.rest), new, gram, None)
 
-    def _losses(
-        self, params: Any, frozen: Any, batch: Any, key: chex.PRNGKey
-    ) -> tuple[chex.Array, Metrics]:
-        return task_objective(self.trainable.loss_fn, params, frozen, batch, key)
-
-    def _mean_losses(
-        self, params: Any, frozen: Any, batch: Any, key: chex.PRNGKey
-    ) -> tuple[chex.Array, Metrics]:
-        """The same over microbatches, each run again when it is differentiated."""
-        if self.accumulate == 1:
-            return self._losses(params, frozen, batch, key)
-        wide = jax.tree.map(lambda p: p.astype(mtl_tree.wide_dtype(p.dtype)), params)
-
-        @jax.checkpoint
-        def one(each):
-            index, rows = each
-            narrow = jax.tree.map(lambda w, p: w.astype(p.dtype), wide, params)
-            micro = join_batch(batch, rows)
-            return self._losses(narrow, frozen, micro, jax.random.fold_in(key, index))
-
-        parts = split_batch(batch, self.mesh, self.accumulate)
-        values = jax.lax.map(one, (jnp.arange(self.accumulate), parts))
-        return jax.tree.map(lambda v: jnp.mean(v, 0), values)
-
-    def _vjp(
-        self, state: TrainState, fn: Callable[[Any], tuple[chex.Array, Metrics]]
-    ) -> tuple[tuple[chex.Array, Metrics], Callable[..., Any], Callable[..., Any]]:
-        """Values, and the pullbacks to the shared leaves and to the others.
-
-        Each pullback is traced alone, so the rows of heads are never computed, and the
-        sum for the heads needs no pass through what is shared.
-        """
-        shared, rest = split_shared(state.params, self.trainable.shared)
-        losses, pull, metrics = jax.vjp(
-            lambda s, r: fn(merge(s, r)), shared, rest, has_aux=True
-        )
-        specs = sharding.specs_from_rules(shared, self.trainable.rules)
-        placements = sharding.shardings(self.mesh, shared, specs)
-
-        def pull_shared(cotangent):
-            # Rows live where the parameters do, whoever makes them.
-            return jax.lax.with_sharding_constraint(pull(cotangent)[0], placements)
-
-        return (losses, metrics), pull_shared, lambda cotangent: pull(cotangent)[1]
-
     def _weigh(
-        self, gram: chex.Array, state: Any, losses: chex.Array
+        self, gram: chex.Array | None, state: Any, extra: dict[str, chex.Array]
     ) -> tuple[chex.Array, Any]:
+        """Weights and the new state, from a Gramian or, where none is read, without."""
         assert self.rule is not None
+        count = extra["losses"].shape[0]
+        given = jnp.zeros((count, count), jnp.float32) if gram is None else gram
         with lenient_promotion():
-            weights, method = self.rule.weigh(gram, state.method, losses=losses)
-        finite = jnp.all(jnp.isfinite(gram))
+            weights, method = self.rule.weigh(given, state.method, **extra)
+        finite = jnp.all(jnp.isfinite(given)) & jnp.all(jnp.isfinite(weights))
         return weights, aggregation.AggregationState(method=method, finite=finite)
 
     def _combine(
-        self, rows: Any, gram: chex.Array, state: Any, params: Any, losses: chex.Array
+        self,
+        rows: Any,
+        gram: chex.Array,
+        state: Any,
+        params: Any,
+        extra: dict[str, chex.Array],
     ) -> tuple[Any, chex.Array | None, Any]:
         """(update, weights where the method has them, new state of the aggregator)."""
         if self.rule is not None:
-            weights, new = self._weigh(gram, state, losses)
+            weights, new = self._weigh(gram, state, extra)
             return mtl_tree.combine(rows, weights), weights, new
         with lenient_promotion():
-            update, new = self.aggregator.update(rows, state, params, losses=losses)
+            update, new = self.aggregator.update(rows, state, params, **extra)
         return update, None, new
 
     def _found(
         self,
-        values: tuple[chex.Array, Metrics],
+        values: Values,
         grads: Any,
         new: Any,
-        gram: chex.Array,
+        gram: chex.Array | None,
         weights: chex.Array | None,
     ) -> Found:
         losses, metrics = values
@@ -272,10 +346,12 @@ class PerTaskGradients:
         own = {f"loss_{name}": losses[t] for t, name in enumerate(names)}
         if weights is not None:
             own |= {f"weight_{name}": weights[t] for t, name in enumerate(names)}
-        own |= conflict_metrics(gram)
+        finite = jnp.all(jnp.isfinite(losses))
+        if gram is not None:
+            own |= conflict_metrics(gram)
+            # The Gramian sees whatever is not finite in any task gradient.
+            finite &= jnp.all(jnp.isfinite(gram))
         metrics = check_metrics(metrics, (*RESERVED, *own))
-        # The Gramian sees whatever is not finite in any task gradient.
-        finite = jnp.all(jnp.isfinite(losses)) & jnp.all(jnp.isfinite(gram))
         finite &= jnp.asarray(getattr(new, "finite", True))
         return Found(jnp.sum(losses), own | metrics, grads, new, finite)
 
@@ -293,3 +369,13 @@ class PerTaskGradients:
             )
         self.num_tasks = count
         return names or tuple(str(t) for t in range(count))
+
+
+def _mean_of_two(first: Any, second: Any) -> Any:
+    """Leaf by leaf, formed in float32 and cast once."""
+
+    def leaf(x, y):
+        wide = mtl_tree.wide_dtype(x.dtype)
+        return ((x.astype(wide) + y.astype(wide)) / 2).astype(x.dtype)
+
+    return jax.tree.map(leaf, first, second)

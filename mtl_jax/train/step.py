@@ -39,8 +39,8 @@ def make_step(
     Returns:
       `step(state, batch) -> (state, metrics)`, metrics being float32 scalars `loss`,
       `grad_norm`, those of the loss function, and a bool `finite`; with an aggregator
-      also `loss_<task>`, `weight_<task>` where the method has weights, `min_cosine`
-      and `conflict_rate`.
+      also `loss_<task>`, `weight_<task>` where the method has weights, and, where task
+      gradients or their inner products are had, `min_cosine` and `conflict_rate`.
     """
     tx = optax.with_extra_args_support(trainable.tx)
     per_task = None
@@ -68,6 +68,8 @@ def make_step(
             updates, opt_state = tx.update(grads, opt_state, state.params, value=loss)
             params = optax.apply_updates(state.params, updates)
         if found is not None:
+            assert per_task is not None
+            found = per_task.after(found, state._replace(params=params), batch, key)
             finite = finite & found.finite
             opt_state = PerTaskState(aggregator=found.aggregator, tx=opt_state)
         new = state._replace(

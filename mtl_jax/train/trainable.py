@@ -15,7 +15,8 @@ LossFn = Callable[
 ]
 Rules = tuple[tuple[str, PartitionSpec], ...]
 
-ENGINES = ("auto", "map", "vmap", "gramian", "features", "flat")
+ENGINES = ("auto", "map", "vmap", "gramian", "features", "flat", "bilevel")
+CROSS = ("auto", "map", "vmap")  # Engines that compare two halves of a batch.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,15 +44,23 @@ class Trainable:
         as those of heads, get the plain sum of the task gradients.
       grads: how task gradients are had. "map": one after another. "vmap": all at once.
         "gramian": never formed, for methods that need inner products only; saves the
-        memory of T gradients, and costs about twice the products of "map". "auto":
-        "map" while all task gradients of the shared leaves take up to 1 GiB, then
-        "gramian" where method and model allow it. "features": the
-        aggregator acts on the gradients at the shared representation of a
+        memory of T gradients, and costs about twice the products of "map". "auto": not
+        at all for methods whose weights need no gradient (see `aggregation.Rule`), such
+        as weightings of losses, for the price of one backward pass and without the
+        metrics of conflicts; else "map" while all task gradients of the shared leaves
+        take up to 1 GiB, then "gramian" where method and model allow it. "features":
+        the aggregator acts on the gradients at the shared representation of a
         `aggregation.SplitLoss`, for the price of one backward pass. "flat": each
         task's at the parameters and where its loss is worst within `radii`, for an
-        `aggregation.flat_mtl`.
+        `aggregation.flat_mtl`. "bilevel": by a `bilevel.as_aggregator`; one half of the
+        batch moves the model, the other the weights of its tasks. Methods that need
+        `cross_gram` get it from two halves of the batch, with "map", "vmap" or "auto".
       radii: of `grads="flat"`: for the shared leaves, and for a task's own.
       task_names: names for the metrics; the numbers from 0 by default.
+      task_counts: `task_counts(batch) -> [T]`, how many rows of a batch belong to each
+        task, where a task's loss is the mean over its own rows. It makes accumulation
+        over microbatches of uneven counts exact, and tells weightings which tasks a
+        batch lacks; None where every row belongs to every task.
     """
 
     init: Callable[[chex.PRNGKey], chex.ArrayTree]
@@ -64,6 +73,7 @@ class Trainable:
     grads: str = "auto"
     radii: tuple[float, float] | None = None
     task_names: tuple[str, ...] | None = None
+    task_counts: Callable[[Any], chex.Array] | None = None
 
     def __post_init__(self):
         for name in ("init", "loss_fn"):
@@ -88,7 +98,7 @@ class Trainable:
 
     def _check_plain(self):
         fields = {f.name: f.default for f in dataclasses.fields(self)}
-        for name in ("shared", "grads", "radii", "task_names"):
+        for name in ("shared", "grads", "radii", "task_names", "task_counts"):
             if getattr(self, name) != fields[name]:
                 raise ValueError(
                     f"Trainable: {name}={getattr(self, name)!r} wants an aggregator"
@@ -111,6 +121,17 @@ class Trainable:
             raise ValueError(
                 "Trainable: grads='gramian' wants an aggregator with a rule; this one "
                 "needs the task gradients themselves, use 'map' or 'vmap'"
+            )
+        rule = getattr(self.aggregator, "rule", None)
+        if "cross_gram" in getattr(rule, "reads", ()) and self.grads not in CROSS:
+            raise ValueError(
+                f"Trainable: grads={self.grads!r} forms no cross_gram, which this "
+                f"aggregator needs; use one of {', '.join(CROSS)}"
+            )
+        if (self.grads == "bilevel") != hasattr(self.aggregator, "bilevel"):
+            raise ValueError(
+                "Trainable: grads='bilevel' goes with a bilevel.as_aggregator, found "
+                f"{self.grads!r} with {type(self.aggregator).__name__}"
             )
         if (self.grads == "flat") != (self.radii is not None):
             raise ValueError(

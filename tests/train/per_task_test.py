@@ -168,7 +168,7 @@ def test_engines_give_the_steps_written_by_hand(fit, engine):
 
 
 def test_methods_that_need_the_gradients(fit):
-    want = fit(3, aggregator=aggregation.mean())
+    want = fit(3, aggregator=aggregation.mean(), grads="map")
     for engine in ("auto", "vmap"):
         found = fit(3, aggregator=without_rule(), grads=engine)
         close(found.params, want.params)

@@ -4,6 +4,7 @@ Most methods look at nothing but inner products: a *rule* maps the Gramian of th
 gradients to one weight per task. The algorithm around it is written here once.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -25,18 +26,41 @@ class Weigh(Protocol):
         ...
 
 
-class Rule(NamedTuple):
-    """A method that needs the Gramian only.
+READS = ("gram", "cross_gram", "losses")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A method that needs no task gradient itself, only one weight per task.
 
     Attributes:
       init: `() -> state`; what the rule carries from step to step.
       weigh: `weigh(gram, state, **extra) -> (weights, state)`. `extra` may hold
-        `losses` [T] float32 and `cross_gram` [T, T], the inner products between the
-        task gradients of two batches; a rule takes what it needs and ignores the rest.
+        `losses` [T] float32, `present` bool [T], False for tasks without an example in
+        the batch, and `cross_gram` [T, T], the inner products between the task
+        gradients of two batches; a rule takes what it needs and ignores the rest.
+      reads: what the weights depend on besides the state, some of "gram",
+        "cross_gram" and "losses". Without "gram", `gram` may be zeros [T, T]; without
+        both Gramians, one backward pass of the weighed losses is the whole update.
+      after: `after(state, losses) -> state`, for a method that looks at what a step has
+        brought: runs once the parameters have moved, on the losses [T] of the same
+        batch and the same random draws; None where the method has no use for them.
+
+    Raises:
+      ValueError: `reads` holds another name.
     """
 
     init: Callable[[], Any]
     weigh: Weigh
+    reads: tuple[str, ...] = ("gram", "losses")
+    after: Callable[[Any, chex.Array], Any] | None = None
+
+    def __post_init__(self):
+        if isinstance(self.reads, str) or not set(self.reads) <= set(READS):
+            raise ValueError(
+                f"Rule: reads is {self.reads!r}, wanted a tuple of some of "
+                + ", ".join(READS)
+            )
 
 
 class AggregationState(NamedTuple):
@@ -108,14 +132,13 @@ def from_gradients(
     return Aggregator(init_fn, update_fn, rule)
 
 
-def from_gramian(name: str, rule: Rule, *, fixed: bool = False) -> Aggregator:
+def from_gramian(name: str, rule: Rule) -> Aggregator:
     """Lifts a weight rule to a transformation that can head an `optax.chain`.
 
     Args:
       name: of the public function, for error messages.
-      rule: weights from the Gramian of the task gradients.
-      fixed: the rule reads the Gramian's shape only; it gets zeros, so that the
-        gradients are read once.
+      rule: weights from the Gramian of the task gradients; one that does not read it
+        gets zeros, so that the gradients are read once.
 
     Returns:
       An `Aggregator` whose updates are `sum_t weights[t] * task_grads[t]`, computed in
@@ -135,11 +158,12 @@ def from_gramian(name: str, rule: Rule, *, fixed: bool = False) -> Aggregator:
 
     def update_fn(updates, state, params=None, **extra):
         count = check_task_grads(name, updates, params)
-        gram = jnp.zeros((count, count)) if fixed else tree.gram(updates)
+        formed = "gram" in rule.reads
+        gram = tree.gram(updates) if formed else jnp.zeros((count, count))
         weights, method = rule.weigh(gram, state.method, **extra)
         out = tree.combine(updates, weights)
         # NaN and infinity reach the Gramian, and the sum whatever its weights.
-        finite = all_finite(out) if fixed else jnp.all(jnp.isfinite(gram))
+        finite = jnp.all(jnp.isfinite(gram)) if formed else all_finite(out)
         return out, AggregationState(method=method, finite=finite)
 
     return Aggregator(init_fn, update_fn, rule)
@@ -188,6 +212,11 @@ def gram_of(name: str, gram: Any) -> chex.Array:
     return gram.astype(tree.wide_dtype(gram.dtype))
 
 
-def stateless(weights: Callable[..., chex.Array]) -> Rule:
-    """The rule of a method whose weights are a function of the Gramian alone."""
-    return Rule(lambda: (), lambda gram, state, **extra: (weights(gram), state))
+def stateless(
+    weights: Callable[..., chex.Array], *, reads: tuple[str, ...] = ("gram",)
+) -> Rule:
+    """The rule of a method whose weights are a function of the Gramian alone.
+
+    With `reads=()`, of its shape alone.
+    """
+    return Rule(lambda: (), lambda gram, state, **extra: (weights(gram), state), reads)

@@ -124,7 +124,9 @@ def per_group(aggregator: Aggregator, patterns: Sequence[str]) -> Aggregator:
     return _grouped("per_group", aggregator, group_leaves)
 
 
-def _scaled(name: str, aggregator: Aggregator, scale_of: Any) -> Aggregator:
+def _scaled(
+    name: str, aggregator: Aggregator, scale_of: Any, reads: tuple[str, ...]
+) -> Aggregator:
     """Gradients times `scale_of(squared norms, extra)` [T] before the method.
 
     With a rule the scales D go to the Gramian, `w = D rule(D G D)`; without one they go
@@ -135,11 +137,17 @@ def _scaled(name: str, aggregator: Aggregator, scale_of: Any) -> Aggregator:
 
         def weigh(gram, state, **extra):
             scale = scale_of(jnp.diag(gram), extra).astype(gram.dtype)
-            scaled = gram * scale[:, None] * scale[None, :]
-            weights, state = rule.weigh(scaled, state, **extra)
+
+            def both(products):
+                return products * scale[:, None] * scale[None, :]
+
+            if extra.get("cross_gram") is not None:
+                extra["cross_gram"] = both(extra["cross_gram"])
+            weights, state = rule.weigh(both(gram), state, **extra)
             return weights * scale, state
 
-        return from_gramian(name, Rule(rule.init, weigh))
+        found = tuple(dict.fromkeys((*rule.reads, *reads)))
+        return from_gramian(name, Rule(rule.init, weigh, found, rule.after))
 
     def update(task_grads, state, **extra):
         scale = scale_of(squares(task_grads), extra)
@@ -191,7 +199,7 @@ def with_preference(aggregator: Aggregator, preference: Any) -> Aggregator:
             )
         return jnp.asarray(scale)
 
-    return _scaled("with_preference", aggregator, scale_of)
+    return _scaled("with_preference", aggregator, scale_of, ())
 
 
 def normalize(
@@ -234,7 +242,8 @@ def normalize(
             scale = scale / losses.astype(scale.dtype)
         return scale
 
-    return _scaled("normalize", aggregator, scale_of)
+    reads = {"l2": ("gram",), "loss": ("losses",), "loss_l2": ("gram", "losses")}
+    return _scaled("normalize", aggregator, scale_of, reads[by])
 
 
 class ReuseState(NamedTuple):
@@ -266,7 +275,8 @@ def every_k(aggregator: Aggregator, num_tasks: int, k: int) -> Aggregator:
       An `Aggregator` with a rule. State: a `ReuseState`.
 
     Raises:
-      ValueError: the aggregator has no rule, or `k` is below 1.
+      ValueError: the aggregator has no rule or looks at what every step has brought, as
+        FAMO does, or `k` is below 1.
 
     >>> from mtl_jax.transforms.aggregation._imtl_g import imtl_g
     >>> tx = every_k(imtl_g(), num_tasks=2, k=2)
@@ -276,6 +286,8 @@ def every_k(aggregator: Aggregator, num_tasks: int, k: int) -> Aggregator:
     [0.5, 1.5]
     """
     rule = rule_of("every_k", aggregator)
+    if rule.after is not None:
+        raise ValueError("every_k: the method looks at what every step has brought")
     if k < 1:
         raise ValueError(f"every_k: k is {k}, wanted 1 or more")
 
@@ -302,5 +314,5 @@ def every_k(aggregator: Aggregator, num_tasks: int, k: int) -> Aggregator:
         return weights_from(lambda: gram, state, extra)
 
     return from_gradients(
-        "every_k", lambda params: init(), update, rule=Rule(init, weigh)
+        "every_k", lambda params: init(), update, rule=Rule(init, weigh, rule.reads)
     )

@@ -49,5 +49,5 @@ def constant(values: Any) -> Aggregator:
     >>> tx.update(grads, tx.init({"w": jnp.zeros(1)}))[0]["w"].tolist()
     [21.0]
     """
-    rule = stateless(lambda gram: weights(gram, values))
-    return from_gramian("constant", rule, fixed=True)
+    rule = stateless(lambda gram: weights(gram, values), reads=())
+    return from_gramian("constant", rule)

@@ -96,4 +96,11 @@ def cr_mogm(
             average = jnp.where(state.step == 0, found, average)
         return average, AverageState(state.step + 1, average, method)
 
-    return from_gramian("cr_mogm", Rule(init, weigh))
+    after = None
+    if rule.after is not None:
+        learn = rule.after
+
+        def after(state, losses):
+            return state._replace(method=learn(state.method, losses))
+
+    return from_gramian("cr_mogm", Rule(init, weigh, rule.reads, after))

@@ -49,7 +49,7 @@ def mean() -> Aggregator:
     >>> method.update(grads, method.init(None))[0]["w"].tolist()
     [2.0]
     """
-    return from_gramian("mean", stateless(mean_weights), fixed=True)
+    return from_gramian("mean", stateless(mean_weights, reads=()))
 
 
 def sum() -> Aggregator:
@@ -59,4 +59,4 @@ def sum() -> Aggregator:
     >>> method.update(grads, method.init(None))[0]["w"].tolist()
     [4.0]
     """
-    return from_gramian("sum", stateless(sum_weights), fixed=True)
+    return from_gramian("sum", stateless(sum_weights, reads=()))

@@ -78,4 +78,4 @@ def modo(num_tasks: int, *, gamma: float = 0.1, rho: float = 0.1) -> Aggregator:
         found = weights(cross, last, gamma=gamma, rho=rho)
         return found, found
 
-    return from_gramian("modo", Rule(init, weigh))
+    return from_gramian("modo", Rule(init, weigh, reads=("cross_gram",)))

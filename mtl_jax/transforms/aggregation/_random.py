@@ -53,5 +53,5 @@ def random(*, seed: int = 0) -> Aggregator:
         key, use = jax.random.split(key)
         return weights(gram, use), key
 
-    rule = Rule(lambda: jax.random.key(seed), weigh)
-    return from_gramian("random", rule, fixed=True)
+    rule = Rule(lambda: jax.random.key(seed), weigh, reads=())
+    return from_gramian("random", rule)

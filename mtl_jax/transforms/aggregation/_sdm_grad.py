@@ -126,4 +126,4 @@ def sdm_grad(
         cross = extra_of("sdm_grad", extra, "cross_gram", (num_tasks, num_tasks))
         return _solve(cross, last, *options)
 
-    return from_gramian("sdm_grad", Rule(init, weigh))
+    return from_gramian("sdm_grad", Rule(init, weigh, reads=("cross_gram",)))

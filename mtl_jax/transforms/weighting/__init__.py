@@ -4,7 +4,11 @@ Every method is a `Weighting` of three pure functions, `init`, `loss` and `updat
 what it learns is an ordinary tree of parameters, and its history an explicit state.
 """
 
-from mtl_jax.transforms.weighting._aggregator import AsAggregatorState, as_aggregator
+from mtl_jax.transforms.weighting._aggregator import (
+    AsAggregatorState,
+    Before,
+    as_aggregator,
+)
 from mtl_jax.transforms.weighting._base import Weighting, WeightingState, from_loss
 from mtl_jax.transforms.weighting._cosmos import cosmos
 from mtl_jax.transforms.weighting._dwa import DwaState, dwa
@@ -20,6 +24,7 @@ from mtl_jax.transforms.weighting._uncertainty import uncertainty
 
 __all__ = [
     "AsAggregatorState",
+    "Before",
     "DwaState",
     "FamoState",
     "GradNormState",

@@ -15,6 +15,20 @@ from mtl_jax.transforms.weighting._base import (
 )
 
 
+class Before(NamedTuple):
+    """What a method that looks at what a step has brought keeps of that step.
+
+    Attributes:
+      losses: [T] float32.
+      present: bool [T], which tasks the batch had.
+      open: bool, whether the method has yet to learn from that step.
+    """
+
+    losses: chex.Array
+    present: chex.Array
+    open: chex.Array
+
+
 class AsAggregatorState(NamedTuple):
     """State of a weighting that acts as an aggregator.
 
@@ -22,9 +36,7 @@ class AsAggregatorState(NamedTuple):
       params: what the method learns.
       opt_state: of the optimizer of `params`.
       weighting: `WeightingState` of the method.
-      losses: [T] float32 of the step before.
-      norms: [T] float32, gradient norms of the step before.
-      step: int32, steps taken.
+      before: `Before` of the last step where the method needs losses after it, else ().
       finite: bool, whether the last losses and norms were finite and what the method
         allows.
     """
@@ -32,9 +44,7 @@ class AsAggregatorState(NamedTuple):
     params: Any
     opt_state: Any
     weighting: WeightingState
-    losses: chex.Array
-    norms: chex.Array
-    step: chex.Array
+    before: Any
     finite: chex.Array
 
 
@@ -47,8 +57,13 @@ def as_aggregator(
     """Lets a method of losses stand where an aggregator of gradients is wanted.
 
     The update is the gradient of `method.loss`: task gradients weighed by its
-    derivatives. What the method learns is trained by `tx` inside. A task whose loss and
-    gradient are both zero counts as absent from the batch, with weight zero.
+    derivatives. What the method learns is trained by `tx` inside. The weights depend on
+    the losses alone, unless the method needs norms: the trainer then takes one backward
+    pass of the weighed losses and forms no task gradient.
+
+    A batch says which tasks it has by the extra argument `present` (bool [T]); without
+    it, a task whose loss is exactly zero counts as absent, with weight zero (where the
+    method needs norms: whose loss and gradient are both zero).
 
     Args:
       method: a weighting.
@@ -62,8 +77,9 @@ def as_aggregator(
     Raises:
       ValueError: in the update, `losses` is missing.
 
-    **Differs**: `method.update` runs at the start of the next step, and what it sees as
-      the losses `after` a step are those of the next batch.
+    **Differs**: a method that needs the losses after a step gets them from the trainer,
+      by `rule.after`. In a plain optax chain it learns at the start of the next step,
+      from the losses of the next batch.
 
     >>> from mtl_jax import weighting
     >>> tx = as_aggregator(weighting.geometric_mean(), 2)
@@ -73,69 +89,90 @@ def as_aggregator(
     [1.25]
     """
     tx = optax.adam(1e-3) if tx is None else tx
+    looks_after = "after" in method.needs
+    reads = ("gram", "losses") if "norms" in method.needs else ("losses",)
 
     def init():
         params, state = method.init(num_tasks)
-        zeros = jnp.zeros(num_tasks, jnp.float32)
+        before = ()
+        if looks_after:
+            before = Before(
+                losses=jnp.zeros(num_tasks, jnp.float32),
+                present=jnp.zeros(num_tasks, bool),
+                open=jnp.asarray(False),
+            )
         return AsAggregatorState(
             params=params,
             opt_state=tx.init(params),
             weighting=state,
-            losses=zeros,
-            norms=zeros,
-            step=jnp.int32(0),
+            before=before,
             finite=jnp.asarray(True),
         )
 
-    def weigh(gram, state, *, losses=None, **extra):
+    def weigh(gram, state, *, losses=None, present=None, **extra):
         del extra
         if losses is None:
             raise ValueError("as_aggregator: the update needs `losses`, one per task")
-
         norms = jnp.sqrt(jnp.maximum(jnp.diag(gram), 0)).astype(jnp.float32)
-        present = _present(losses, norms)
+        if present is None:
+            # Norms are zeros where the Gramian is not formed.
+            present = (losses != 0) | (norms != 0)
+        if looks_after:
+            state = _catch_up(method, state, losses, present)
 
-        # Of a task that is absent now, nothing is known after the step.
-        after = jnp.where(present, losses.astype(jnp.float32), state.losses)
-        weighting = jax.lax.cond(
-            state.step > 0,
-            lambda old: _advance(method, old, after),
-            lambda old: old.weighting,
-            state,
-        )
         gradient = jax.grad(method.loss, argnums=(0, 1))
-        weights, grads = gradient(losses, state.params, weighting, present)
+        weights, grads = gradient(losses, state.params, state.weighting, present)
         params, opt_state = descend(tx, grads, state.opt_state, state.params)
-        checked = method.update(weighting, losses, present, after=losses, norms=norms)
-        weights = jnp.where(checked.finite, weights, jnp.nan)
+        found = method.update(
+            state.weighting, losses, present, after=losses, norms=norms
+        )
+        before = ()
+        if looks_after:
+            before = Before(losses.astype(jnp.float32), present, jnp.asarray(True))
+        weights = jnp.where(found.finite, weights, jnp.nan)
         return weights.astype(jnp.float32), AsAggregatorState(
             params=params,
             opt_state=opt_state,
-            weighting=weighting,
-            losses=losses.astype(jnp.float32),
-            norms=norms,
-            step=state.step + 1,
-            finite=checked.finite,
+            weighting=state.weighting if looks_after else found,
+            before=before,
+            finite=found.finite,
         )
 
-    inner = from_gramian("as_aggregator", Rule(init, weigh))
+    def after(state, losses):
+        return _learn(method, state, losses)
+
+    rule = Rule(init, weigh, reads, after if looks_after else None)
+    inner = from_gramian("as_aggregator", rule)
 
     def update(updates, state, params=None, **extra):
         found: tuple[Any, Any] = inner.update(updates, state, params, **extra)
         out, new = found
         return out, new._replace(finite=new.finite & new.method.finite)
 
-    return Aggregator(inner.init, update, inner.rule)
+    return Aggregator(inner.init, update, rule)
 
 
-def _present(losses: chex.Array, norms: chex.Array) -> chex.Array:
-    """Which tasks have an example in the batch, [T]."""
-    return (losses != 0) | (norms != 0)
+def _learn(
+    method: Weighting, state: AsAggregatorState, after: chex.Array
+) -> AsAggregatorState:
+    """What the last step taught the method, from the losses after it."""
+    losses, present, _ = state.before
+    # Of a task that is absent, nothing is known after the step.
+    after = jnp.where(present, after.astype(jnp.float32), losses)
+    weighting = method.update(state.weighting, losses, present, after=after)
+    before = state.before._replace(open=jnp.asarray(False))
+    return state._replace(weighting=weighting, before=before)
 
 
-def _advance(method: Weighting, old: AsAggregatorState, after: chex.Array):
-    """What the step before taught the method."""
-    present = _present(old.losses, old.norms)
-    return method.update(
-        old.weighting, old.losses, present, after=after, norms=old.norms
+def _catch_up(
+    method: Weighting,
+    state: AsAggregatorState,
+    losses: chex.Array,
+    present: chex.Array,
+) -> AsAggregatorState:
+    """Learns from a step after which nobody told the losses; those of now stand in."""
+    # A task that is absent now says nothing about the step.
+    after = jnp.where(present, losses.astype(jnp.float32), state.before.losses)
+    return jax.lax.cond(
+        state.before.open, lambda s: _learn(method, s, after), lambda s: s, state
     )

@@ -54,11 +54,14 @@ class Weighting(NamedTuple):
         step. `extra` may hold `after` [T], the losses of the same batch after the
         step, and `norms` [T], the norms of the task gradients; a method takes what it
         needs and ignores the rest.
+      needs: which of "after" and "norms" the update cannot do without. One that needs
+        no norms costs one backward pass in a train step, "after" one more forward pass.
     """
 
     init: Callable[[int], tuple[Any, WeightingState]]
     loss: Callable[..., chex.Array]
     update: Callable[..., WeightingState]
+    needs: tuple[str, ...] = ()
 
     def weights(
         self,
@@ -79,6 +82,7 @@ def from_loss(
     init: Callable[[int], tuple[Any, Any]] = lambda num_tasks: ({}, ()),
     update: Callable[..., Any] = lambda state, losses, present, **extra: state,
     lower: Any = None,
+    needs: tuple[str, ...] = (),
 ) -> Weighting:
     """Makes a `Weighting` of a method's formulas.
 
@@ -89,6 +93,7 @@ def from_loss(
       init: `init(num_tasks) -> (params, method state)`.
       update: `update(state, losses, present, **extra) -> method state`.
       lower: losses must be greater, a scalar or [T]; None = any finite ones will do.
+      needs: see `Weighting`.
 
     Returns:
       A `Weighting`. Its functions raise ValueError on losses that are not [T] and, on
@@ -122,7 +127,7 @@ def from_loss(
         method = update(state.method, losses, present, **extra)
         return WeightingState(method, finite)
 
-    return Weighting(init_fn, loss_fn, update_fn)
+    return Weighting(init_fn, loss_fn, update_fn, needs)
 
 
 def per_task(name: str, what: str, values: Any, shape: tuple[int, ...]) -> chex.Array:

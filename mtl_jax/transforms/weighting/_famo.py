@@ -55,9 +55,11 @@ def famo(
       ValueError: the bounds are not one finite number per task; in `update`, `after` is
         missing.
 
-    **Follows**: Liu et al. 2023, "FAMO: Fast Adaptive Multitask Optimization".
+    **Follows**: Liu et al. 2023, "FAMO: Fast Adaptive Multitask Optimization", alg. 1.
     **Differs**: weight decay 1e-3, as TorchJD and LibMTL have it; the authors' code has
-      1e-5. A task that is absent from the batch has gained nothing.
+      1e-5 in the method and 0.01 in its experiments. That code also clips the gradient
+      to length 1, which is left to the optimizer. A task that is absent from the batch
+      has gained nothing.
 
     >>> method = famo()
     >>> params, state = method.init(2)
@@ -104,4 +106,6 @@ def famo(
         return FamoState(*descend(tx, gradient, state.opt_state, state.logits))
 
     lower = 0.0 if bounds is None else bounds
-    return from_loss("famo", loss, init=init, update=update, lower=lower)
+    return from_loss(
+        "famo", loss, init=init, update=update, lower=lower, needs=("after",)
+    )

@@ -115,4 +115,6 @@ def grad_norm(
         logits, opt_state = descend(tx, gradient, state.opt_state, state.logits)
         return GradNormState(logits, first, opt_state)
 
-    return from_loss("grad_norm", loss, init=init, update=update, lower=0.0)
+    return from_loss(
+        "grad_norm", loss, init=init, update=update, lower=0.0, needs=("norms",)
+    )

@@ -60,13 +60,53 @@ def test_default_optimizer_learns():
 
 
 @pytest.mark.fast
-def test_forbidden_losses_stop_the_step():
+@pytest.mark.parametrize(
+    ("bad", "present"), [(-1.0, None), (0.0, jnp.ones(2, bool))], ids=["below", "zero"]
+)
+def test_forbidden_losses_stop_the_step(bad, present):
     tx = weighting.as_aggregator(weighting.geometric_mean(), 2)
-    losses = jnp.array([1.0, 0.0])
-    updates, state = jax.jit(tx.update)(GRADS, tx.init(None), losses=losses)
+    update = jax.jit(tx.update)
+    losses = jnp.array([1.0, bad])
+    updates, state = update(GRADS, tx.init(None), losses=losses, present=present)
     assert np.isnan(updates["w"]).all() and not bool(state.finite)
-    updates, state = jax.jit(tx.update)(GRADS, state, losses=jnp.ones(2))
+    updates, state = update(GRADS, state, losses=jnp.ones(2))
     assert np.isfinite(updates["w"]).all() and bool(state.finite)
+
+
+@pytest.mark.fast
+def test_what_the_batch_says_goes_before_zero_losses():
+    tx = weighting.as_aggregator(weighting.mean(), 2)
+    losses = jnp.array([0.0, 2.0])
+    for present, want in ((None, [0, 1]), ([1, 1], [0.5, 0.5]), ([1, 0], [1, 0])):
+        extra = {} if present is None else {"present": jnp.array(present) > 0}
+        weights, _ = tx.rule.weigh(
+            jnp.zeros((2, 2)), tx.rule.init(), losses=losses, **extra
+        )
+        assert weights.tolist() == want
+
+
+@pytest.mark.fast
+def test_reads_what_it_needs():
+    reads = {
+        make.__name__: weighting.as_aggregator(make(), 2).rule.reads
+        for make in (weighting.grad_norm, weighting.famo, weighting.uncertainty)
+    }
+    assert reads.pop("grad_norm") == ("gram", "losses")
+    assert set(reads.values()) == {("losses",)}
+
+
+def test_learns_from_the_losses_after_the_step_when_told():
+    """Told so, the stand-in of the next batch is not used."""
+    method = weighting.famo()
+    tx = weighting.as_aggregator(method, 2)
+    state, (params, want) = tx.rule.init(), method.init(2)
+    for losses in HISTORY:
+        weights, state = tx.rule.weigh(jnp.zeros((2, 2)), state, losses=losses)
+        np.testing.assert_allclose(weights, method.weights(losses, params, want))
+        after = losses * jnp.array([0.5, 1.1])
+        state = tx.rule.after(state, after)
+        want = method.update(want, losses, after=after)
+    np.testing.assert_allclose(state.weighting.method.logits, want.method.logits)
 
 
 @pytest.mark.parametrize(

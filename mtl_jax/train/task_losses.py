@@ -1,0 +1,125 @@
+"""The losses of a batch, one per task, whole or in microbatches."""
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mtl_jax import tree as mtl_tree
+from mtl_jax.train import sharding
+from mtl_jax.train.accumulate import join_batch, split_batch
+from mtl_jax.train.objective import Metrics, task_objective
+from mtl_jax.train.state import merge, split_shared
+from mtl_jax.train.trainable import Trainable
+
+Values = tuple[chex.Array, Metrics]
+
+
+class TaskLosses:
+    """Losses [T] float32 and metrics of a trainable with an aggregator.
+
+    The loss of a task is the mean over its rows. Where microbatches hold different
+    numbers of them, each microbatch counts by its share of the task's rows, as
+    `Trainable.task_counts` tells, so that the mean over microbatches is the loss of the
+    whole batch.
+
+    Args:
+      trainable: one with an aggregator.
+      mesh: the mesh the batch is split over.
+      accumulate: number of microbatches.
+    """
+
+    def __init__(self, trainable: Trainable, mesh: Mesh, accumulate: int):
+        self.trainable, self.mesh, self.accumulate = trainable, mesh, accumulate
+
+    def at(
+        self, params: Any, frozen: Any, batch: Any, key: chex.PRNGKey, shares: Any = 1
+    ) -> Values:
+        """Of one batch or microbatch, each loss times its share."""
+        losses, metrics = task_objective(
+            self.trainable.loss_fn, params, frozen, batch, key
+        )
+        return losses * jnp.asarray(shares, jnp.float32), metrics
+
+    def mean(self, params: Any, frozen: Any, batch: Any, key: chex.PRNGKey) -> Values:
+        """Over all microbatches, each run again when it is differentiated."""
+        if self.accumulate == 1:
+            return self.at(params, frozen, batch, key)
+        wide = jax.tree.map(lambda p: p.astype(mtl_tree.wide_dtype(p.dtype)), params)
+        shares = self.shares(batch, self.accumulate)
+
+        @jax.checkpoint
+        def one(each):
+            index, rows = each
+            narrow = jax.tree.map(lambda w, p: w.astype(p.dtype), wide, params)
+            micro = join_batch(batch, rows)
+            own = jax.random.fold_in(key, index)
+            return self.at(narrow, frozen, micro, own, shares(micro))
+
+        parts = split_batch(batch, self.mesh, self.accumulate)
+        values = jax.lax.map(one, (jnp.arange(self.accumulate), parts))
+        return jax.tree.map(lambda v: jnp.mean(v, 0), values)
+
+    def shares(self, batch: Any, parts: int) -> Callable[[Any], chex.Array]:
+        """`shares(microbatch)`: what its losses count for, of mean 1 over the parts.
+
+        One number [] where tasks have no rows of their own, else [T].
+        """
+        if parts == 1 or self.trainable.task_counts is None:
+            return lambda micro: jnp.ones((), jnp.float32)
+        total = jnp.maximum(self._counts(batch), 1)
+        return lambda micro: parts * self._counts(micro) / total
+
+    def known(self, losses: chex.Array, batch: Any) -> dict[str, chex.Array]:
+        """What a method may read of the losses: themselves, which tasks are there."""
+        if self.trainable.task_counts is None:
+            return {"losses": losses}
+        counts = self._counts(batch)
+        if counts.shape != losses.shape:
+            raise ValueError(
+                f"train step: task_counts gives {counts.shape}, loss_fn "
+                f"{losses.shape}: wanted both [T]"
+            )
+        return {"losses": losses, "present": counts > 0}
+
+    def count(self, params: Any, frozen: Any, batch: Any, key: chex.PRNGKey) -> int:
+        """T; computes nothing."""
+        found = jax.eval_shape(lambda p: self.at(p, frozen, batch, key), params)
+        return found[0].shape[0]
+
+    def vjp(
+        self, params: Any, fn: Callable[[Any], Values]
+    ) -> tuple[Values, Callable[..., Any], Callable[..., Any]]:
+        """Values, and the pullbacks to the shared leaves and to the others.
+
+        Each pullback is traced alone, so the rows of heads are never computed, and the
+        sum for the heads needs no pass through what is shared.
+        """
+        shared, rest = split_shared(params, self.trainable.shared)
+        losses, pull, metrics = jax.vjp(
+            lambda s, r: fn(merge(s, r)), shared, rest, has_aux=True
+        )
+        specs = sharding.specs_from_rules(shared, self.trainable.rules)
+        placements = sharding.shardings(self.mesh, shared, specs)
+
+        def pull_shared(cotangent):
+            # Rows live where the parameters do, whoever makes them.
+            return jax.lax.with_sharding_constraint(pull(cotangent)[0], placements)
+
+        def pull_rest(cotangent):
+            return pull(cotangent)[1] if jax.tree.leaves(rest) else rest
+
+        return (losses, metrics), pull_shared, pull_rest
+
+    def _counts(self, batch: Any) -> chex.Array:
+        assert self.trainable.task_counts is not None
+        counts = jnp.asarray(self.trainable.task_counts(batch))
+        if counts.ndim != 1:
+            raise ValueError(
+                f"train step: task_counts gives {counts.shape}, wanted [T], the rows "
+                "of the batch that belong to each task"
+            )
+        return counts.astype(jnp.float32)
