@@ -12,6 +12,7 @@ import optax
 from mtl_jax import train
 from mtl_jax.multitask.problem import Problem
 from mtl_jax.transforms import aggregation, weighting
+from mtl_jax.transforms import bilevel as bilevel_lib
 
 Measure = Callable[[Problem, chex.ArrayTree], float]
 Make = Callable[[Problem, optax.GradientTransformation], train.Trainable]
@@ -28,12 +29,14 @@ class Method:
         its results.
       tasks: names of the tasks that it trains; None for all. `make` sees a problem of
         these only.
+      draws: how many times the rows of a batch each step gets.
     """
 
     name: str
     make: Make
     about: Mapping[str, Any]
     tasks: tuple[str, ...] | None = None
+    draws: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,6 +82,8 @@ class Contest:
 
 
 def _plain(problem: Problem, loss_fn: Any, tx: Any, **options: Any) -> train.Trainable:
+    if problem.own_rows and "aggregator" in options:
+        options["task_counts"] = problem.task_counts
     return train.Trainable(
         init=problem.init,
         loss_fn=loss_fn,
@@ -167,10 +172,10 @@ def _address(name: str, factory: Any) -> dict[str, str]:
     called = getattr(factory, "__qualname__", "<")
     if module is None or "<" in called:
         raise ValueError(
-            f"aggregated {name!r}: {called if called != '<' else factory!r} is no name "
+            f"method {name!r}: {called if called != '<' else factory!r} is no name "
             "to remember results by, give `about`"
         )
-    for kind in (aggregation, weighting):
+    for kind in (aggregation, weighting, bilevel_lib):
         if module.startswith(f"{kind.__name__}."):
             return {kind.__name__.split(".")[-1]: called}
     return {"factory": f"{module}.{called}"}
@@ -187,6 +192,50 @@ def _make(
     if isinstance(made, weighting.Weighting):
         return weighting.as_aggregator(made, count), (".*",)
     return made, problem.model.shared_paths
+
+
+def bilevel(
+    name: str,
+    factory: Callable[..., bilevel_lib.Bilevel],
+    *,
+    draws: int = 2,
+    about: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Method:
+    """Learns task weights on rows that the model does not see in the same step.
+
+    Each step gets `draws` batches of training rows at once. One half of them moves the
+    model, the other is the held-out one. The validation split is never touched: it
+    chooses between methods. With two draws, as the authors' code of Auto-Lambda has it,
+    the model moves by as many rows as with other methods. MOML and FORUM hold out a
+    part of the training set for the whole training; LibMTL gives the inner and the
+    outer problem half a batch each, for all three.
+
+    Args:
+      name: of the row.
+      factory: of `mtl_jax.bilevel`: `factory(loss_fn, **options) -> Bilevel`.
+      draws: 2, or 1 for the halves of one batch.
+      about: as in `aggregated`.
+      **options: of the factory.
+
+    Raises:
+      ValueError: as `aggregated`.
+    """
+
+    def make(problem, tx):
+        count = len(problem.targets)
+        return _plain(
+            problem,
+            problem.loss_fn,
+            tx,
+            aggregator=bilevel_lib.as_aggregator(factory, count, **options),
+            grads="bilevel",
+            task_names=problem.task_names,
+        )
+
+    if about is None:
+        about = {**_address(name, factory), "options": options, "draws": draws}
+    return Method(name=name, make=make, about=about, draws=draws)
 
 
 def regularised(

@@ -142,22 +142,18 @@ class Problem:
         """`(losses [T], metrics)`, as `train.Trainable` takes it with an aggregator.
 
         A penalty that the model sows, such as that of `DSelectK`, is split evenly over
-        the tasks that the batch has rows of. So the sum of the losses holds it once, and
-        leaves that no task shares, such as gates, get exactly its gradient whatever the
-        aggregator; what is shared, and methods that look at the losses, see each task
-        with its part. Metrics tell it apart: `penalty`, and `task_loss`, the sum of the
-        losses without it. Evaluation has none of it.
+        the tasks. So the sum of the losses holds it once, and leaves outside the shared
+        ones, such as gates, get exactly its gradient whatever the aggregator; what is
+        shared, and methods that look at the losses, see each task with its part.
+        Metrics tell it apart: `penalty`, and `task_loss`, the sum of the losses without
+        it. Evaluation has none of it.
         """
         z, penalty = self.encode_with_penalty(params, batch, key)
         found = self.task_losses(self.decode(params, z), batch)
         if penalty is None:
             return found, {}
-        present = jnp.minimum(self.task_counts(batch), 1)
-        share = present / jnp.maximum(jnp.sum(present), 1)
-        return found + penalty * share, {
-            "penalty": penalty,
-            "task_loss": jnp.sum(found),
-        }
+        parts = {"penalty": penalty, "task_loss": jnp.sum(found)}
+        return found + penalty / len(self.targets), parts
 
     def task_counts(self, batch: Rows) -> chex.Array:
         """How many rows of a batch each task has, [T] float32."""

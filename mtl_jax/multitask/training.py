@@ -113,7 +113,7 @@ class Bench:
     def _train(self, method: Method, seed: int) -> Outcome:
         settings = self.settings
         problem, trainer = self._trainer(method)
-        batches = self._batches(problem, seed)
+        batches = self._batches(problem, seed, method.draws)
         clock = []
         with self.progress.task(f"{method.name}, seed {seed}", settings.steps) as bar:
 
@@ -140,7 +140,9 @@ class Bench:
             step_seconds=float(np.median(np.diff(clock))) if len(clock) > 1 else 0.0,
         )
 
-    def _batches(self, problem: Problem, seed: int) -> Callable[[int], Rows]:
+    def _batches(
+        self, problem: Problem, seed: int, draws: int = 1
+    ) -> Callable[[int], Rows]:
         """`batch(step)`; with rows of their own, as many of every task each time.
 
         A task that a batch lacked would have no gradient, and methods such as MGDA
@@ -149,7 +151,8 @@ class Bench:
         rows, size = problem.splits["train"], self.settings.batch_size
         steps: Any
         if not problem.own_rows:
-            steps = data.pipeline(data.ArraySource(rows), batch_size=size, seed=seed)
+            source = data.ArraySource(rows)
+            steps = data.pipeline(source, batch_size=draws * size, seed=seed)
             return steps.__getitem__
         count = len(self.problem.targets)
         if size < count:
@@ -161,7 +164,7 @@ class Bench:
             data.ArraySource({k: x[rows["task"] == t] for k, x in rows.items()})
             for t in range(len(problem.targets))
         ]
-        steps = data.lockstep(sources, batch_size=size // count, seed=seed)
+        steps = data.lockstep(sources, batch_size=draws * (size // count), seed=seed)
 
         def batch(step):
             return {k: x.reshape(-1, *x.shape[2:]) for k, x in steps[step].items()}

@@ -57,7 +57,7 @@ def mine():
 def test_factories_of_others_have_addresses_of_their_own():
     assert multitask.aggregated("mine", mine).about["factory"].endswith(".mine")
     for factory in (lambda: mine(), functools.partial(aggregation.pcgrad, seed=1)):
-        with pytest.raises(ValueError, match="aggregated 'x': .* give `about`"):
+        with pytest.raises(ValueError, match="method 'x': .* give `about`"):
             multitask.aggregated("x", factory)
         given = multitask.aggregated("x", factory, about={"seed": 1})
         assert given.about == {"seed": 1}

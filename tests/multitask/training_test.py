@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mtl_jax import aggregation, multitask
+from mtl_jax import aggregation, bilevel, multitask
 
 SETTINGS = multitask.Settings(
     steps=12, batch_size=16, optimizer={"name": "adam", "peak": 1e-2}
@@ -85,3 +85,31 @@ def test_batches_too_small_for_all_tasks(own_rows_problem, tmp_path, quiet):
     one = multitask.Bench(own_rows_problem, small, progress=quiet, folder=tmp_path)
     with pytest.raises(ValueError, match="a row for each of 2 tasks, found 1"):
         one.run(multitask.scalarised((1.0, 1.0)), 0)
+
+
+def test_bilevel_methods_are_trained_and_remembered(problem, tmp_path, quiet):
+    def run():
+        method = multitask.bilevel("MOML", bilevel.moml, inner_rate=0.2)
+        return bench(problem, tmp_path, quiet).run(method, 0)
+
+    first = run()
+    assert not first.remembered and first.history["loss"][-1] < first.history["loss"][0]
+    weights = [first.history[f"weight_{name}"][-1] for name in problem.task_names]
+    assert sum(weights) == pytest.approx(1) and len(set(weights)) == 3
+    assert run() == dataclasses.replace(first, remembered=True)
+
+
+@pytest.mark.fast
+def test_a_bilevel_method_says_how_many_rows_it_sees():
+    two, one = (multitask.bilevel("MOML", bilevel.moml, draws=n) for n in (2, 1))
+    assert (two.draws, one.draws) == (2, 1) and two.about != one.about
+    assert two.about["bilevel"] == "moml"
+
+
+def test_each_step_of_a_bilevel_method_gets_its_rows(own_rows_problem, tmp_path, quiet):
+    one = bench(own_rows_problem, tmp_path, quiet)
+    batch = one._batches(own_rows_problem, 3, draws=2)(0)
+    for half in (batch["task"][::2], batch["task"][1::2]):
+        np.testing.assert_array_equal(np.sort(half), [0] * 8 + [1] * 8)
+    method = multitask.bilevel("FORUM", bilevel.forum, inner_steps=1)
+    assert np.isfinite(one.run(method, 0).history["loss"]).all()

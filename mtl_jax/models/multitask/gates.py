@@ -147,9 +147,9 @@ class SparseGate(nn.Module):
 
     Where every |z| reaches gamma / 2 each selector picks one choice. The collection
     "losses" receives two penalties, weighted means over the batch, for the caller to
-    add to the loss: `selector_entropy`, sum_i H(r^i), which drives the codes to 0 and 1,
-    and, if N is no power of two, `selector_outside`, sum_i 1 / sum_n r^i_n, which keeps
-    weight away from codes that stand for nothing.
+    add to the loss: `selector_entropy`, sum_i H(r^i), which drives the codes to 0 and
+    1, and, if N is no power of two, `selector_outside`, sum_i 1 / sum_n r^i_n, which
+    keeps weight away from codes that stand for nothing.
 
     Attributes:
       choices: N.
@@ -232,7 +232,7 @@ class DSelectK(MMoE, kw_only=True):
     **Follows**: Hazimeh et al. 2021, "DSelect-k: Differentiable Selection in the
     Mixture of Experts with Applications to Multi-Task Learning", sections 3.2-3.3
     and appendix on numbers of experts that are no power of two.
-    **Differs**: the weights of the penalties are our choice, small beside a loss of one.
+    **Differs**: the weights of the penalties are our choice, small beside the losses.
     """
 
     k: int = 2

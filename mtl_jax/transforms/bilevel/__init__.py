@@ -9,9 +9,11 @@ from mtl_jax.transforms.bilevel._auto_lambda import (
     auto_lambda_hypergradient,
 )
 from mtl_jax.transforms.bilevel._base import (
+    AsAggregator,
     Bilevel,
     BilevelInfo,
     BilevelState,
+    as_aggregator,
     sgd_path,
 )
 from mtl_jax.transforms.bilevel._forum import (
@@ -23,10 +25,12 @@ from mtl_jax.transforms.bilevel._forum import (
 from mtl_jax.transforms.bilevel._moml import moml, moml_hypergradients
 
 __all__ = [
+    "AsAggregator",
     "Bilevel",
     "BilevelInfo",
     "BilevelState",
     "ForumWeights",
+    "as_aggregator",
     "auto_lambda",
     "auto_lambda_hypergradient",
     "forum",

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_jax.transforms.aggregation._base import AggregationState
 from mtl_jax.transforms.aggregation._engines import LossFn, check_losses, task_vjp
 
 Rate = Any  # A number, or an optax schedule of the step.
@@ -59,6 +60,63 @@ class Bilevel(NamedTuple):
     init: Callable[[int], BilevelState]
     update: Callable[..., tuple[Any, BilevelState, BilevelInfo]]
     weights: Callable[[BilevelState], chex.Array]
+
+
+class AsAggregator(optax.GradientTransformationExtraArgs):
+    """A bilevel method where a trainable takes an aggregator.
+
+    Attributes:
+      bilevel: `bilevel(loss_fn) -> Bilevel`, `loss_fn(params, batch) -> losses [T]`.
+    """
+
+    bilevel: Callable[[LossFn], Bilevel]
+
+    def __new__(cls, init: Any, update: Any, bilevel: Callable[[LossFn], Bilevel]):
+        """As an optax transformation, with the method beside it."""
+        self = super().__new__(cls, init, update)
+        self.bilevel = bilevel
+        return self
+
+
+def as_aggregator(
+    factory: Callable[..., Bilevel], num_tasks: int, **options: Any
+) -> AsAggregator:
+    """A bilevel method for `train.Trainable(aggregator=..., grads="bilevel")`.
+
+    The trainer splits each batch: its even rows are the training batch, by which the
+    model moves, and its odd rows the held-out one. The state is an `AggregationState`
+    around the `BilevelState`.
+
+    Args:
+      factory: one of `mtl_jax.bilevel`; it is given the loss of the trainable.
+      num_tasks: T.
+      **options: of the factory.
+
+    Returns:
+      An `AsAggregator`. Its `update` raises ValueError: these methods need the losses
+      at other parameters, which task gradients do not tell.
+
+    >>> from mtl_jax import bilevel
+    >>> tx = as_aggregator(bilevel.moml, 2, inner_rate=0.5)
+    >>> tx.init({"w": jnp.zeros(3)}).method.upper.tolist()
+    [0.0, 0.0]
+    """
+
+    def make(loss_fn):
+        return factory(loss_fn, **options)
+
+    def init(params):
+        del params
+        first = make(lambda params, batch: jnp.zeros(num_tasks)).init(num_tasks)
+        return AggregationState(method=first, finite=jnp.asarray(True))
+
+    def update(updates, state, params=None, **extra):
+        raise ValueError(
+            "bilevel: these methods look at losses, not at task gradients; train with "
+            "grads='bilevel', or call `Bilevel.update`"
+        )
+
+    return AsAggregator(init, update, make)
 
 
 def sgd_path(
