@@ -77,6 +77,11 @@ def _add_experiments(add: Callable[..., argparse.ArgumentParser]) -> None:
         metavar="AXIS=N,...",
         help="mesh axes; -1 takes the devices that are left (default: the config's)",
     )
+    preflight.add_argument(
+        "--method",
+        metavar="NAME",
+        help="of a comparison: which row, or ROW/CANDIDATE (default: the system's own)",
+    )
 
 
 def _add_readers(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -223,7 +228,9 @@ def _preflight(args: argparse.Namespace, extra: Sequence[str]) -> int:
     config = configs.load_config(args.config, _overrides(extra))
     from mtl_jax import run as runner
 
-    result = runner.preflight(config, topology=args.topology, mesh=mesh)
+    result = runner.preflight(
+        config, topology=args.topology, mesh=mesh, method=args.method
+    )
     sys.stdout.write(result.to_text().rstrip() + "\n")
     return 0 if result.passed else 1
 

@@ -35,8 +35,8 @@ def runner(monkeypatch):
         module.calls.append((config, workdir))
         progress(1, 1, {})
 
-    def preflight(config, *, topology, mesh=None):
-        module.calls.append((config, topology, mesh))
+    def preflight(config, *, topology, mesh=None, method=None):
+        module.calls.append((config, topology, mesh, method))
         return Preflight()
 
     module.run, module.preflight = run, preflight
@@ -189,7 +189,9 @@ def test_preflight_exit_code_says_whether_it_fits(config, runner, capsys):
     command = ["preflight", config, "--topology", "v5e:1x1"]
     assert cli.main([*command, "--mesh", "data=-1,model=2"]) == 1
     assert capsys.readouterr().out == "does not fit\n"
-    assert runner.calls[0][1:] == ("v5e:1x1", {"data": -1, "model": 2})
+    assert runner.calls[0][1:] == ("v5e:1x1", {"data": -1, "model": 2}, None)
+    cli.main([*command, "--method", "PCGrad"])
+    assert runner.calls[1][1:] == ("v5e:1x1", None, "PCGrad")
 
 
 def test_report_redraws_the_page(tmp_path, capsys):

@@ -36,6 +36,7 @@ def get_config(variant: str = "demo") -> ConfigDict:
             "seeds": (0, 1) if variant == "tiny" else (0, 1, 2),
             "mesh": {"data": -1, "model": 1},
             "remember": True,
+            "reuse": "same code",
             "study": {
                 "radii": (0.05, 0.5)
                 if variant in ("demo", "noisy", "census")

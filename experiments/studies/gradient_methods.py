@@ -6,8 +6,8 @@ Problems: digits (two overlaid digits), census (three questions about one person
 texts (six text tasks on MiniLM), schools (one regression per school). Trainings are
 remembered, so a study that was stopped goes on. The numbers go to
 OUT/gradient_methods-PROBLEM.json, Markdown for experiments/RESULTS.md to the terminal,
-the report with its plots to WORKDIR. Weightings of losses go through the engine of task
-gradients here, so their time per step is more than they would cost alone.
+the report with its plots to WORKDIR. Methods that compare two batches or hold one out
+get two batches of training rows each step.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import sys
 
 from ml_collections import ConfigDict
 
-from mtl_jax import aggregation, multitask, report, weighting
+from mtl_jax import aggregation, bilevel, multitask, report, weighting
 from mtl_jax.multitask import presets
 from mtl_jax.run import compare
 
@@ -54,20 +54,38 @@ WEIGHTINGS = {
     "STCH": (weighting.stch, {}),
     "GradNorm": (weighting.grad_norm, {}),
 }
+TWO_BATCHES = {
+    "MoDo": aggregation.modo,
+    "SDMGrad": aggregation.sdm_grad,
+}
+BILEVEL = {
+    "Auto-Lambda": bilevel.auto_lambda,
+    "MOML": bilevel.moml,
+    "FORUM": bilevel.forum,
+}
 
 
-def rows(names: list[str]) -> tuple[multitask.Row, ...]:
-    """One row per method, at its defaults."""
-    known = {**AGGREGATORS, **WEIGHTINGS}
+def rows(names: list[str], rate: float) -> tuple[multitask.Row, ...]:
+    """One row per method, at its defaults.
+
+    Args:
+      names: which; none for all.
+      rate: of the model's optimizer, by which Auto-Lambda looks ahead.
+    """
+    known = {
+        name: multitask.aggregated(name, factory, **options)
+        for name, (factory, options) in {**AGGREGATORS, **WEIGHTINGS}.items()
+    }
+    for name, factory in TWO_BATCHES.items():
+        known[name] = multitask.aggregated(name, factory, draws=2)
+    for name, factory in BILEVEL.items():
+        options = {"inner_rate": rate} if name == "Auto-Lambda" else {}
+        known[name] = multitask.bilevel(name, factory, **options)
     unknown = sorted(set(names) - set(known))
     if unknown:
         raise SystemExit(f"no method {', '.join(unknown)}; known: {', '.join(known)}")
     return tuple(
-        multitask.Row(
-            name=name,
-            candidates=(multitask.aggregated(name, known[name][0], **known[name][1]),),
-        )
-        for name in names or known
+        multitask.Row(name=name, candidates=(known[name],)) for name in names or known
     )
 
 
@@ -81,6 +99,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=[], metavar="NAME")
     parser.add_argument("--steps", type=int, help="of every training")
     parser.add_argument("--tuning-steps", type=int, default=5)
+    parser.add_argument("--reuse", choices=multitask.REUSE, default=multitask.REUSE[0])
     parser.add_argument("--out", type=pathlib.Path, default="experiments/results")
     parser.add_argument("--workdir", type=pathlib.Path, default="runs/gradient_methods")
     args = parser.parse_args()
@@ -100,10 +119,12 @@ def main() -> None:
         bench = multitask.Bench(
             multitask.assemble(**problem, model=model, progress=progress),
             multitask.Settings(**training),
+            reuse=args.reuse,
             progress=progress,
         )
         found = compare.Comparison(bench, config, document, progress)
-        found.run(multitask.Contest(rows=rows(args.methods)))
+        contest = rows(args.methods, training["optimizer"]["peak"])
+        found.run(multitask.Contest(rows=contest))
         compare.write(found, args.workdir / args.problem)
     save(found, args.out / f"gradient_methods-{args.problem}.json")
     sys.stdout.write(document.tables[0].to_markdown() + "\n")

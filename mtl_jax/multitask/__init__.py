@@ -15,10 +15,11 @@ from mtl_jax.multitask.methods import (
     single,
 )
 from mtl_jax.multitask.problem import Problem, take
-from mtl_jax.multitask.training import Bench, Outcome, Settings
+from mtl_jax.multitask.training import REUSE, Bench, Outcome, Settings
 
 __all__ = [
     "ARCHITECTURES",
+    "REUSE",
     "Bench",
     "Contest",
     "Method",

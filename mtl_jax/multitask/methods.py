@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_jax import train
+from mtl_jax.multitask import provenance
 from mtl_jax.multitask.problem import Problem
 from mtl_jax.transforms import aggregation, weighting
 from mtl_jax.transforms import bilevel as bilevel_lib
@@ -30,6 +31,7 @@ class Method:
       tasks: names of the tasks that it trains; None for all. `make` sees a problem of
         these only.
       draws: how many times the rows of a batch each step gets.
+      code: digest of the file of the function that it is made from.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Method:
     about: Mapping[str, Any]
     tasks: tuple[str, ...] | None = None
     draws: int = 1
+    code: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,6 +127,7 @@ def aggregated(
     *,
     grads: str = "auto",
     radii: tuple[float, float] | None = None,
+    draws: int = 1,
     about: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Method:
@@ -137,6 +141,8 @@ def aggregated(
         One that wants `num_tasks` gets it from the problem.
       grads: engine, see `train.Trainable`.
       radii: of `grads="flat"`.
+      draws: 2 for methods that compare two batches, such as `aggregation.modo`, so that
+        each has as many rows as the batch of other methods; the update is their mean.
       about: plain data that tell this method from every other, instead of the
         factory's name and options; a factory that is a lambda, a partial or made inside
         a function wants it.
@@ -163,7 +169,10 @@ def aggregated(
         about = {**_address(name, aggregator), "options": options, "grads": grads}
         if radii is not None:
             about["radii"] = list(radii)
-    return Method(name=name, make=make, about=about)
+        if draws > 1:
+            about["draws"] = draws
+    code = provenance.function_digest(aggregator)
+    return Method(name=name, make=make, about=about, draws=draws, code=code)
 
 
 def _address(name: str, factory: Any) -> dict[str, str]:
@@ -235,7 +244,8 @@ def bilevel(
 
     if about is None:
         about = {**_address(name, factory), "options": options, "draws": draws}
-    return Method(name=name, make=make, about=about, draws=draws)
+    code = provenance.function_digest(factory)
+    return Method(name=name, make=make, about=about, draws=draws, code=code)
 
 
 def regularised(
@@ -257,7 +267,8 @@ def regularised(
 
         return _plain(problem, loss_fn, tx)
 
-    return Method(name=name, make=make, about=dict(about))
+    code = provenance.function_digest(total)
+    return Method(name=name, make=make, about=dict(about), code=code)
 
 
 def single(task: str) -> Method:

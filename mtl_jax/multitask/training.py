@@ -14,11 +14,13 @@ from jax.sharding import Mesh
 
 from mtl_jax import data, train
 from mtl_jax.data import wheels
+from mtl_jax.multitask import provenance
 from mtl_jax.multitask.methods import Measure, Method
 from mtl_jax.multitask.problem import Problem, Rows, take
 from mtl_jax.train import optim
 
-_FORMAT = 1  # Part of every address: raise it when training changes its meaning.
+_FORMAT = 2  # Part of every address: raise it when an outcome's file changes meaning.
+REUSE = ("same code", "any code")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,9 @@ class Bench:
       measures: name -> `measure(problem, params) -> float`; see `Contest`.
       mesh: where; see `train.Trainer`.
       remember: read and write the file of outcomes.
+      reuse: which of them are read. "same code": those of the very source and versions
+        of libraries that run now, see `provenance`; a changed comment counts as well.
+        "any code": where there is none, the newest of any other.
       progress: a `report.Progress`.
       folder: where outcomes are kept; by default inside the package cache.
     """
@@ -83,9 +88,13 @@ class Bench:
         measures: Mapping[str, Measure] | None = None,
         mesh: Mesh | None = None,
         remember: bool = True,
+        reuse: str = "same code",
         progress: Any,
         folder: Any = None,
     ):
+        if reuse not in REUSE:
+            raise ValueError(f"bench: reuse is {reuse!r}, wanted one of {REUSE}")
+        self.reuse = reuse
         self.problem = problem
         self.settings = settings
         self.measures = dict(measures or {})
@@ -105,6 +114,8 @@ class Bench:
         """
         path = self._path(method, seed)
         found = _read(path)
+        if found is None and self.reuse == "any code":
+            found = self._of_other_code(method, seed, path)
         if found is None:
             found = self._train(method, seed)
             _write(path, found)
@@ -195,7 +206,25 @@ class Bench:
             "seed": seed,
         }
         text = json.dumps(about, sort_keys=True, default=_refuse)
-        return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+        measured = {n: provenance.function_digest(f) for n, f in self.measures.items()}
+        code = json.dumps([provenance.package_digest(), method.code, measured])
+        return self._folder / f"{_short(text, 24)}-{_short(code, 12)}.json"
+
+    def _of_other_code(self, method: Method, seed: int, path: Any) -> Outcome | None:
+        """The newest outcome of the same question."""
+        if path is None:
+            return None
+        others = path.parent.glob(f"{path.name.split('-')[0]}-*.json")
+        for other in sorted(others, key=lambda p: p.stat().mtime, reverse=True):
+            found = _read(other)
+            if found is not None:
+                self.progress.log(f"{method.name}, seed {seed}: of other code")
+                return found
+        return None
+
+
+def _short(text: str, length: int) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
 def _refuse(value: Any) -> Any:

@@ -3,7 +3,7 @@
 import copy
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -166,6 +166,7 @@ def _run_comparison(
         measures=contest.measures,
         mesh=_mesh(config, config.training.batch_size),
         remember=config.remember,
+        reuse=config.get("reuse", "same code"),
         progress=progress,
     )
     comparison = compare.Comparison(bench, config, document, progress)
@@ -188,24 +189,32 @@ def _mesh(config: ConfigDict, batch_size: int) -> jax.sharding.Mesh:
 
 
 def preflight(
-    config: ConfigDict, *, topology: str, mesh: dict[str, int] | None = None
+    config: ConfigDict,
+    *,
+    topology: str,
+    mesh: dict[str, int] | None = None,
+    method: str | None = None,
 ) -> Any:
     """Compiles the training step of a config, and all kernels, for a TPU topology.
 
     For a system that edits trained parameters that is the fine-tuning of an expert,
-    for one that trains the last method of its comparison.
+    for one that trains the step of one method of its comparison.
 
     Args:
       config: an experiment; one with a suite needs CLIP towers, whose shapes are known
         without weights.
       topology: such as "v5e:4x4".
       mesh: sizes of the axes; the config's by default.
+      method: of a comparison: a row, which stands for its first candidate, a candidate
+        whose name only one row has, or `ROW/CANDIDATE`; by default the system's own,
+        which is the last row.
 
     Returns:
       A `train.preflight.PreflightReport`.
 
     Raises:
-      ValueError: as `train.preflight.preflight`, or for another suite.
+      ValueError: as `train.preflight.preflight`, for another suite, or for a method
+        that does not exist.
     """
     from mtl_jax.train import preflight as preflight_lib
 
@@ -213,7 +222,7 @@ def preflight(
     kind = entry.spec.kind
     _check_parts(config, kind)
     step = {"posthoc": _expert_step, "trainable": _contest_step}[kind]
-    trainable, batch = step(config, module)
+    trainable, batch = step(config, module, method)
     return preflight_lib.preflight(
         trainable,
         batch,
@@ -223,24 +232,64 @@ def preflight(
     )
 
 
-def _contest_step(config: ConfigDict, module: Any) -> tuple[train.Trainable, Any]:
-    """The last method of a comparison, with a batch of its problem."""
+def _contest_step(
+    config: ConfigDict, module: Any, name: str | None
+) -> tuple[train.Trainable, Any]:
+    """One method of a comparison, with a batch of its problem."""
     problem = multitask.outline(
         **{**_plain(config.problem), "model": _plain(config.model)}
     )
     training = multitask.Settings(**_plain(config.training))
-    method = module.build(config).rows[-1].candidates[0]
+    fixed = multitask.baselines(
+        len(problem.targets), config.study.get("tuning_steps", 1)
+    )
+    method = find_method((*fixed, *module.build(config).rows), name)
     tx = optim.over_steps(training.steps, training.optimizer)
     batch = {
-        name: jax.ShapeDtypeStruct((training.batch_size, *x.shape[1:]), x.dtype)
+        name: jax.ShapeDtypeStruct(
+            (method.draws * training.batch_size, *x.shape[1:]), x.dtype
+        )
         for name, x in problem.splits["train"].items()
     }
     return method.make(problem, tx), batch
 
 
-def _expert_step(config: ConfigDict, module: Any) -> tuple[train.Trainable, Any]:
+def find_method(rows: Sequence[multitask.Row], name: str | None) -> multitask.Method:
+    """A method of a comparison by name, see `preflight`.
+
+    Raises:
+      ValueError: listing the names, where none or several have this one.
+    """
+    if name is None:
+        return rows[-1].candidates[0]
+    named = {row.name: row.candidates[0] for row in rows}
+    each = [(row, candidate) for row in rows for candidate in row.candidates]
+    named |= {f"{row.name}/{found.name}": found for row, found in each}
+    if name in named:
+        return named[name]
+    found = [candidate for _, candidate in each if candidate.name == name]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(
+        row.name
+        if len(row.candidates) == 1
+        else f"{row.name}/{{{', '.join(method.name for method in row.candidates)}}}"
+        for row in rows
+    )
+    why = f"{len(found)} rows have a candidate" if found else "no method"
+    raise ValueError(f"preflight: {why} {name!r}, known: {names}")
+
+
+def _expert_step(
+    config: ConfigDict, module: Any, name: str | None
+) -> tuple[train.Trainable, Any]:
     """The fine-tuning of an expert; only towers whose shapes need no weights."""
     del module
+    if name is not None:
+        raise ValueError(
+            "preflight: the step is that of fine-tuning an expert, found method "
+            f"{name!r}"
+        )
     if config.suite.name != "clip":
         raise ValueError(
             f"preflight: the suite {config.suite.name!r} is meant for a CPU; "

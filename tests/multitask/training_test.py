@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mtl_jax import aggregation, bilevel, multitask
+from mtl_jax.multitask import provenance
 
 SETTINGS = multitask.Settings(
     steps=12, batch_size=16, optimizer={"name": "adam", "peak": 1e-2}
@@ -113,3 +114,34 @@ def test_each_step_of_a_bilevel_method_gets_its_rows(own_rows_problem, tmp_path,
         np.testing.assert_array_equal(np.sort(half), [0] * 8 + [1] * 8)
     method = multitask.bilevel("FORUM", bilevel.forum, inner_steps=1)
     assert np.isfinite(one.run(method, 0).history["loss"]).all()
+
+
+def test_outcomes_of_other_code_are_read_where_that_is_asked_for(
+    problem, tmp_path, quiet, monkeypatch
+):
+    first = bench(problem, tmp_path, quiet).run(EQUAL, 0)
+    monkeypatch.setattr(provenance, "package_digest", lambda: "changed")
+    lenient = bench(problem, tmp_path, quiet, reuse="any code")
+    assert lenient.run(EQUAL, 0) == dataclasses.replace(first, remembered=True)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert not bench(problem, tmp_path, quiet).run(EQUAL, 0).remembered
+    assert len(list(tmp_path.iterdir())) == 2
+    assert not lenient.run(EQUAL, 1).remembered
+    edited = dataclasses.replace(EQUAL, code="of another file")
+    assert not bench(problem, tmp_path, quiet).run(edited, 0).remembered
+
+
+def test_measures_count_by_their_source(problem, tmp_path, quiet, monkeypatch):
+    def run():
+        measures = {"one": lambda problem, params: 1.0}
+        return bench(problem, tmp_path, quiet, measures=measures).run(EQUAL, 0)
+
+    assert not run().remembered and run().remembered
+    monkeypatch.setattr(provenance, "function_digest", lambda function: "edited")
+    assert not run().remembered
+
+
+@pytest.mark.fast
+def test_reuse_of_what_does_not_exist(problem, quiet):
+    with pytest.raises(ValueError, match="reuse is 'all', wanted one of"):
+        bench(problem, None, quiet, reuse="all")

@@ -1,7 +1,9 @@
 import pytest
 from ml_collections import ConfigDict
 
-from mtl_jax import configs, run
+from mtl_jax import configs, multitask, run
+from mtl_jax.run import dispatch
+from mtl_jax.systems import flat_regions_mtl
 
 CONFIG = "experiments/configs/tall_masks.py"
 
@@ -59,3 +61,55 @@ def test_options_of_another_suite(quiet, tmp_path):
         config.suite.options = {"names": ("digits",), "base": {"hidden": 1}}
     with pytest.raises(ValueError, match="suite 'small_vit': .*hidden"):
         run.run(config, workdir=tmp_path, progress=quiet)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        (None, "MGDA, flat/0.05"),
+        ("PCGrad", "PCGrad/PCGrad"),
+        ("PCGrad, flat", "PCGrad, flat/0.05"),
+        ("PCGrad, flat/0.5", "PCGrad, flat/0.5"),
+        ("0.5 1.5", "tuned weights/0.5 1.5"),
+    ],
+)
+def test_methods_of_a_comparison_by_name(name, wanted):
+    row, _, candidate = wanted.rpartition("/")
+    rows = contest_rows()
+    (found,) = (
+        method
+        for each in rows
+        if each.name == row
+        for method in each.candidates
+        if method.name == candidate
+    )
+    assert dispatch.find_method(rows, name) is found
+
+
+@pytest.mark.fast
+def test_methods_that_no_comparison_has():
+    with pytest.raises(ValueError, match=r"no method 'mgda', known: equal weights, .*"):
+        dispatch.find_method(contest_rows(), "mgda")
+    with pytest.raises(ValueError, match=r"4 rows have a candidate '0.5', known: .*"):
+        dispatch.find_method(contest_rows(), "0.5")
+    config = configs.load_config(f"{CONFIG}:paper", {})
+    with pytest.raises(ValueError, match="fine-tuning an expert, found method 'TIES'"):
+        run.preflight(config, topology="v5e:2x2", method="TIES")
+
+
+def contest_rows():
+    config = configs.load_config("experiments/configs/flat_regions_mtl.py:demo", {})
+    return (*multitask.baselines(2, 4), *flat_regions_mtl.build(config).rows)
+
+
+@pytest.mark.tpu
+@pytest.mark.slow
+def test_the_step_of_a_named_method_compiles_for_a_tpu():
+    pytest.importorskip("libtpu")
+    config = configs.load_config("experiments/configs/flat_regions_mtl.py:tiny", {})
+    plain, surgery = (
+        run.preflight(config, topology="v5e:2x2", method=name)
+        for name in ("equal weights", "MGDA")
+    )
+    assert plain.fits and surgery.fits and surgery.flops > plain.flops
