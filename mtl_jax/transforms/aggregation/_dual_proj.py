@@ -79,7 +79,7 @@ def weights(
     gram = gram_of("dual_proj", gram)
     lower = wanted("dual_proj", preference, gram)
     matrix = regularized(gram, regularization)
-    return _solvers.quadratic_above(matrix, lower[None])[0]
+    return _solvers.quadratic_above(matrix, lower[None], ridge=regularization)[0]
 
 
 def dual_proj(

@@ -5,12 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtl_jax.transforms.aggregation import _rows
 from mtl_jax.transforms.aggregation._cosine import cosine_gram, dot
 
 _DEPENDENT = 4e-6  # squared sine of an angle that float32 inner products cannot tell
 _FLAT = 1e-6  # a slope that rounding explains
-_FEW = 32  # tasks up to which one tableau per row is cheaper than sweeps
-_SWEEPS = 64
+_FEW = 32  # tasks up to which one tableau per row is cheaper
 _BLOCK = 8  # rows whose tables stay in cache together
 
 
@@ -161,24 +161,27 @@ def min_norm_point(gram: chex.Array) -> chex.Array:
     return jnp.where(jnp.any(still), shared, moving)
 
 
-def quadratic_above(matrix: chex.Array, lower: chex.Array) -> chex.Array:
+def quadratic_above(
+    matrix: chex.Array, lower: chex.Array, *, ridge: float
+) -> chex.Array:
     r"""Minimises many quadratics of one matrix above lower bounds.
 
       min_v 1/2 v^T A v   such that   v >= l,   one v for each row l of `lower`
 
     Exactly, by `nonnegative_path`, where there is one row or there are few tasks. For
-    many, sweeps of coordinate descent over all rows at once are cheaper and settle all
-    but badly conditioned problems, which then follow their paths a few rows at a time.
+    many, iterations over all rows at once are cheaper; rows that do not settle follow
+    their paths, a few at a time.
 
     Args:
       matrix: A, [T, T], positive definite.
       lower: [N, T].
+      ridge: positive; what A has on its diagonal beside a Gramian.
 
     Returns:
       [N, T].
 
     >>> a = jnp.array([[1.0, -0.5], [-0.5, 1.0]])
-    >>> quadratic_above(a, jnp.eye(2)).tolist()
+    >>> quadratic_above(a, jnp.eye(2), ridge=0.1).tolist()
     [[1.0, 0.5], [0.5, 1.0]]
     """
     cosines, norms, inverse = cosine_gram("quadratic_above", matrix)
@@ -190,44 +193,22 @@ def quadratic_above(matrix: chex.Array, lower: chex.Array) -> chex.Array:
     if lower.shape[0] == 1 or lower.shape[1] <= _FEW:
         above = follow(dot(bounds, cosines))
     else:
-        above, settled = _coordinate_descent(cosines, bounds)
+        above, settled = _rows.solve_rows(cosines, ridge * inverse**2, bounds)
         above = _in_blocks(follow, dot(bounds, cosines), above, settled)
     return lower + above * sizes * inverse[None, :]
 
 
-def _coordinate_descent(matrix, bounds):
-    """Gauss-Seidel over tasks, all rows at once: heights, and whether they stand."""
-    tolerance = 10 * float(jnp.finfo(bounds.dtype).eps)
-    offsets = dot(bounds, matrix).T
-
-    def visit(j, heights):
-        moved = heights[j] - dot(matrix[j], heights) - offsets[j]
-        return heights.at[j].set(jnp.maximum(moved, 0))
-
-    def sweep(carry):
-        heights, _, count = carry
-        moved = jax.lax.fori_loop(0, matrix.shape[0], visit, heights)
-        return moved, jnp.max(jnp.abs(moved - heights)), count + 1
-
-    def moving(carry):
-        return (carry[1] > tolerance) & (carry[2] < _SWEEPS)
-
-    unknown = jnp.full((), jnp.inf, bounds.dtype)
-    start = jnp.zeros_like(offsets), unknown, 0
-    heights, change, _ = jax.lax.while_loop(moving, sweep, start)
-    return heights.T, ~(change > tolerance)
-
-
 def _in_blocks(f, inputs, outputs, skip):
-    """`f(inputs)` by blocks of rows, or where `skip` is true `outputs` as they are."""
+    """`f(inputs)` by blocks of rows; `outputs` as they are where `skip` is true."""
     count, width = inputs.shape
     rows = min(_BLOCK, count)
-    blocks = -(-count // rows)
+    order = jnp.argsort(skip)  # What is to be done comes first.
+    wanted = jnp.sum(~skip, dtype=jnp.int32)
 
     def block(i, outputs):
         # The last block starts early where it would not fit, and repeats some rows.
-        at = jnp.minimum(i * rows, count - rows), 0
-        part = jax.lax.dynamic_slice(inputs, at, (rows, width))
-        return jax.lax.dynamic_update_slice(outputs, f(part), at)
+        at = jnp.minimum(i * rows, count - rows)
+        these = jax.lax.dynamic_slice(order, (at,), (rows,))
+        return outputs.at[these].set(f(inputs[these]))
 
-    return jax.lax.fori_loop(jnp.where(skip, blocks, 0), blocks, block, outputs)
+    return jax.lax.fori_loop(0, (wanted + rows - 1) // rows, block, outputs)

@@ -53,7 +53,8 @@ def weights(
     gram = gram_of("upgrad", gram)
     lower = jnp.diag(wanted("upgrad", preference, gram))
     matrix = regularized(gram, regularization)
-    return jnp.sum(_solvers.quadratic_above(matrix, lower), 0)
+    found = _solvers.quadratic_above(matrix, lower, ridge=regularization)
+    return jnp.sum(found, 0)
 
 
 def upgrad(

@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import hypothesis
@@ -7,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtl_jax.transforms.aggregation import _solvers
+from mtl_jax.transforms.aggregation import _rows, _solvers
 
 project = jax.jit(_solvers.project_simplex)
 follow = jax.jit(_solvers.nonnegative_path)
-above = jax.jit(_solvers.quadratic_above)
+above = jax.jit(_solvers.quadratic_above, static_argnames="ridge")
 nearest = jax.jit(_solvers.min_norm_point)
 
 
@@ -96,7 +97,7 @@ def test_quadratic_above_is_optimal(count, width, scale):
     gram = g @ g.T
     matrix = gram / np.trace(gram) + 1e-3 * np.eye(count)
     lower = np.float32(rng.uniform(0, 1, (count, count)) * np.eye(count))
-    v = np.asarray(above(jnp.asarray(matrix, jnp.float32), lower), float)
+    v = np.asarray(above(jnp.asarray(matrix, jnp.float32), lower, ridge=1e-3), float)
     assert (v >= lower).all()
     # Multipliers A v are non-negative, and zero above the bounds: the duality gap.
     slope = v @ matrix
@@ -107,21 +108,71 @@ def test_quadratic_above_is_optimal(count, width, scale):
     assert (gap < 2e-4 * size**2 + 1e-6).all()
 
 
-def test_many_tasks_and_few_agree(monkeypatch):
+def exact_above(matrix, row):
+    """Block pivots in float64; single ones, the last first, when those cycle."""
+    offset = matrix @ row
+    free = offset < 0
+    for turn in range(500):
+        x = np.zeros(len(row))
+        x[free] = np.linalg.solve(matrix[np.ix_(free, free)], -offset[free])
+        slope = matrix @ x + offset
+        wrong = np.where(free, x < -1e-12, slope < -1e-12)
+        if not wrong.any():
+            return row + x
+        if turn > 20:  # Murty's rule always ends.
+            wrong[: np.flatnonzero(wrong)[-1]] = False
+        free = free ^ wrong
+    raise AssertionError("no solution")
+
+
+@pytest.mark.parametrize("rank", [2, 7, 20, 39, 400])
+def test_all_rows_against_float64(rank):
+    """Gramians of low rank and of full, with lengths an order apart."""
+    rng = np.random.default_rng(rank)
+    g = rng.normal(size=(40, rank)) * 10 ** rng.uniform(-0.5, 0.5, (40, 1))
+    matrix = g @ g.T / np.trace(g @ g.T) + 1e-4 * np.eye(40)
+    want = np.stack([exact_above(matrix, row) for row in np.eye(40)])
+    got = above(jnp.asarray(matrix, jnp.float32), jnp.eye(40), ridge=1e-4)
+    # Rounding of the Gramian, against a ridge of 1e-4 of its trace.
+    np.testing.assert_allclose(got, want, atol=1e-3 * np.abs(want).max())
+    np.testing.assert_allclose(got.sum(0), want.sum(0), atol=3e-4 * want.sum(0).max())
+
+
+@pytest.mark.parametrize(("rank", "most"), [(7, 3), (39, 0), (400, 0)])
+def test_rows_settle_without_their_paths(rank, most):
+    g = unit_rows(0, 48, rank)
+    matrix = g @ g.T + 0.01 * np.eye(48)
+    scaled = jnp.asarray(matrix / 1.01, jnp.float32)
+    found = jax.jit(_rows.solve_rows)(scaled, jnp.full(48, 0.01 / 1.01), jnp.eye(48))
+    assert int(np.sum(~found.settled)) <= most
+    want = np.stack([exact_above(matrix / 1.01, row) for row in np.eye(48)])
+    done = np.asarray(found.settled)
+    np.testing.assert_allclose(
+        (np.eye(48) + found.heights)[done], want[done], atol=3e-4 * want.max()
+    )
+
+
+@pytest.mark.parametrize("rank", [4, 12])
+def test_many_tasks_and_few_agree(rank, monkeypatch):
     rng = np.random.default_rng(0)
-    g = rng.normal(size=(12, 12))
+    g = rng.normal(size=(12, rank))
     matrix = jnp.asarray(g @ g.T / np.trace(g @ g.T) + 1e-4 * np.eye(12), jnp.float32)
-    lower = jnp.eye(12)
-    want = _solvers.quadratic_above(matrix, lower)
+    solve = functools.partial(_solvers.quadratic_above, matrix, jnp.eye(12), ridge=1e-4)
+    want = solve()
     monkeypatch.setattr(_solvers, "_FEW", 1)
-    swept = _solvers.quadratic_above(matrix, lower)
-    monkeypatch.setattr(_solvers, "_SWEEPS", 1)
-    followed = _solvers.quadratic_above(matrix, lower)
+    iterated = solve()
+    monkeypatch.setattr(_rows, "_STEPS", 1)
+    followed = solve()
     monkeypatch.setattr(_solvers, "_BLOCK", 5)
-    uneven = _solvers.quadratic_above(matrix, lower)
-    np.testing.assert_allclose(swept, want, atol=1e-3)
+    uneven = solve()
+    np.testing.assert_allclose(iterated, want, atol=1e-3)
     np.testing.assert_allclose(followed, want, atol=1e-5)
     np.testing.assert_allclose(uneven, want, atol=1e-5)
+
+
+def test_nan_shows_and_ends():
+    got = above(jnp.full((40, 40), jnp.nan), jnp.eye(40), ridge=1e-4)
+    assert np.isnan(got).all()
 
 
 def test_batches_of_quadratics():
@@ -131,9 +182,10 @@ def test_batches_of_quadratics():
     gram = jnp.asarray(g @ g.transpose(0, 2, 1), jnp.float32)
     gram = gram / jnp.trace(gram, axis1=1, axis2=2)[:, None, None]
     gram = gram + 1e-3 * jnp.eye(34)[None]
-    batched = jax.vmap(lambda m: above(m, jnp.eye(34)))(gram)
+    batched = jax.vmap(lambda m: above(m, jnp.eye(34), ridge=1e-3))(gram)
     for one, matrix in zip(batched, gram, strict=True):
-        np.testing.assert_allclose(one, above(matrix, jnp.eye(34)), atol=2e-3)
+        alone = above(matrix, jnp.eye(34), ridge=1e-3)
+        np.testing.assert_allclose(one, alone, atol=2e-3)
 
 
 @hypothesis.given(st.integers(0, 2**31 - 1), st.sampled_from([2, 3, 30]))
