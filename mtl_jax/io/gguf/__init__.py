@@ -1,0 +1,10 @@
+"""The GGUF format: checked lazy reading, decoding of quantised tensors, writing.
+
+A file is a header (magic number, version, counts), typed metadata, a table of tensors
+and their aligned little-endian bytes; a tensor's axes are listed fastest first.
+"""
+
+from mtl_jax.io.gguf._reader import GgufFile
+from mtl_jax.io.gguf._writer import save
+
+__all__ = ["GgufFile", "save"]
