@@ -377,6 +377,10 @@ def test_a_number_of_tasks_that_changes_is_refused(fit):
         ({"shared": ()}, "shared is empty"),
         ({"shared": "trunk"}, "shared wants a tuple of regexes, found the string"),
         ({"task_names": ("a", "a")}, "task_names wants unique names"),
+        (
+            {"aggregator": aggregation.modo(T), "grads": "gramian"},
+            "grads='gramian' forms no cross_gram",
+        ),
         ({"task_names": "abc"}, "task_names wants a tuple of names"),
         ({"grads": "features"}, "takes no shared"),
         ({"grads": "features", "loss_fn": summed}, "wants loss_fn to be an aggreg"),

@@ -14,3 +14,8 @@ pytestmark = pytest.mark.fast
 def test_bad_fields(toy, changes, message):
     with pytest.raises(ValueError, match=message):
         toy.trainable(**changes)
+
+
+def test_counts_of_tasks_want_an_aggregator(toy):
+    with pytest.raises(ValueError, match="task_counts=.* wants an aggregator"):
+        toy.trainable(task_counts=lambda batch: batch["task"])

@@ -53,13 +53,15 @@ def weights(
 def modo(num_tasks: int, *, gamma: float = 0.1, rho: float = 0.1) -> Aggregator:
     """Aggregates by MoDo; see `weights.modo`. Needs the extra argument `cross_gram`.
 
-    Updates: leaves [T, ...] -> [...], gradients of a third batch in the paper. State:
-    the weights [T].
+    Updates: leaves [T, ...] -> [...]. State: the weights [T].
 
     Args:
       num_tasks: T.
       gamma: step size of the weights.
       rho: strength of the pull towards equal weights.
+
+    **Differs**: the paper takes a third batch for the gradients; the trainer compares
+      two halves of one batch, and combines their averages.
 
     >>> tx = modo(2)
     >>> params, grads = {"w": jnp.zeros(2)}, {"w": jnp.eye(2)}

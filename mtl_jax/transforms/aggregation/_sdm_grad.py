@@ -98,8 +98,7 @@ def sdm_grad(
 ) -> Aggregator:
     """Aggregates by SDMGrad; see `weights.sdm_grad`. Needs the extra `cross_gram`.
 
-    Updates: leaves [T, ...] -> [...], gradients of a third batch in the paper. State: w
-    [T], from where the next steps start.
+    Updates: leaves [T, ...] -> [...]. State: w [T], from where the next steps start.
 
     Args:
       num_tasks: T.
@@ -108,6 +107,9 @@ def sdm_grad(
       learning_rate: of the steps of w.
       momentum: of the steps of w.
       steps: how many.
+
+    **Differs**: the paper takes a third batch for the gradients; the trainer compares
+      two halves of one batch, and combines their averages.
 
     >>> tx = sdm_grad(2, learning_rate=0.1)
     >>> params, grads = {"w": jnp.zeros(2)}, {"w": jnp.eye(2)}

@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from mtl_jax import aggregation, tree
+from mtl_jax import aggregation, tree, weighting
 
 PARAMS = {"a": {"k": jnp.zeros((2, 3)), "b": jnp.zeros(3)}, "c": jnp.zeros(4)}
 
@@ -155,3 +155,54 @@ def test_combinators_combine():
     )
     out = apply(tx, grads_of())
     assert_close(out, apply(aggregation.normalize(aggregation.config()), grads_of()))
+
+
+@pytest.mark.fast
+def test_what_the_method_reads_is_handed_on():
+    constant, modo = aggregation.constant([1.0, 2.0]), aggregation.modo(2)
+    reads = [
+        aggregation.with_preference(constant, [1.0, 3.0]),
+        aggregation.normalize(constant),
+        aggregation.normalize(constant, "loss"),
+        aggregation.every_k(constant, 2, 3),
+        aggregation.with_preference(modo, [1.0, 3.0]),
+        aggregation.cr_mogm(modo, 2),
+    ]
+    assert [tx.rule.reads for tx in reads] == [
+        (),
+        ("gram",),
+        ("losses",),
+        (),
+        ("cross_gram",),
+        ("cross_gram",),
+    ]
+
+
+@pytest.mark.fast
+def test_preference_goes_to_the_products_of_two_batches():
+    cross, scale = jnp.array([[1.0, 0.5], [-0.5, 3.0]]), np.array([1.0, 3.0])
+    tx = aggregation.with_preference(aggregation.modo(2), scale)
+    found, _ = tx.rule.weigh(jnp.zeros((2, 2)), tx.rule.init(), cross_gram=cross)
+    scaled = jnp.asarray(np.asarray(cross) * np.outer(scale, scale), jnp.float32)
+    want = aggregation.weights.modo(scaled) * scale.astype(np.float32)
+    np.testing.assert_allclose(found, want, rtol=1e-6)
+
+
+@pytest.mark.fast
+def test_weights_in_use_for_long_leave_no_room_for_looking_back():
+    famo = weighting.as_aggregator(weighting.famo(), 2)
+    with pytest.raises(ValueError, match="looks at what every step has brought"):
+        aggregation.every_k(famo, 2, 3)
+    smooth = aggregation.cr_mogm(famo, 2)
+    _, state = smooth.rule.weigh(
+        jnp.zeros((2, 2)), smooth.rule.init(), losses=jnp.ones(2)
+    )
+    logits = smooth.rule.after(state, jnp.array([0.5, 1.0])).method.weighting.method
+    assert logits.logits[0] < logits.logits[1]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("reads", ["gram", ("grams",)])
+def test_rules_that_read_what_is_not_there(reads):
+    with pytest.raises(ValueError, match="Rule: reads is .*, wanted a tuple of some"):
+        aggregation.Rule(lambda: (), lambda gram, state: (gram, state), reads)

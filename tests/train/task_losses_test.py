@@ -1,0 +1,330 @@
+"""Weights from losses, losses after a step, two halves, tasks with uneven rows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mtl_jax import aggregation, train, weighting
+
+T, ROWS, WIDTH = 8, 32, 16
+FEW = 3  # Tasks where rows belong to them.
+
+
+def init(key):
+    first, second = jax.random.split(key)
+    return {
+        "trunk": 0.3 * jax.random.normal(first, (WIDTH, WIDTH)),
+        "heads": 0.3 * jax.random.normal(second, (WIDTH, T)),
+    }
+
+
+def errors(params, batch):
+    """[B, T]"""
+    found = jnp.tanh(batch["x"] @ params["trunk"]) @ params["heads"]
+    return (found - batch["y"]) ** 2
+
+
+def loss_fn(params, batch, key):
+    noise = 0.1 * jax.random.normal(key, batch["x"].shape)
+    losses = jnp.mean(errors(params, batch | {"x": batch["x"] + noise}), 0)
+    return losses, {"largest": jnp.max(losses)}
+
+
+def data(step, size=ROWS):
+    rng = np.random.default_rng(step)
+    return {
+        "x": rng.normal(size=(size, WIDTH)).astype(np.float32),
+        "y": rng.normal(size=(size, T)).astype(np.float32),
+    }
+
+
+def own_loss_fn(params, batch, key):
+    """Every row belongs to one task; a task without rows has loss 0."""
+    del key
+    mine = batch["task"][:, None] == jnp.arange(FEW)[None]
+    count = jnp.maximum(jnp.sum(mine.astype(jnp.float32), 0), 1)
+    found = jnp.where(mine, errors(params, batch)[:, :FEW], 0)
+    return jnp.sum(found, 0) / count, {}
+
+
+def task_counts(batch):
+    return jnp.sum((batch["task"][:, None] == jnp.arange(FEW)[None]), 0)
+
+
+def own_data(step):
+    """Task 2 has one row at first, then none, then all that task 0 lacks."""
+    task = np.array([0, 1, 1, 0, 1, 0, 1, 1, 1, 0, 2, 0, 0, 0, 0, 1], np.int32)
+    task = {0: task, 1: np.where(task == 2, 0, task), 2: np.where(task == 0, 2, task)}
+    return data(step, 16) | {"task": task[step % 3]}
+
+
+def trainable(aggregator, **changes):
+    options = {"init": init, "loss_fn": loss_fn, "tx": optax.adam(1e-2)}
+    return train.Trainable(**(options | {"aggregator": aggregator} | changes))
+
+
+def owned(aggregator, **changes):
+    options = {"loss_fn": own_loss_fn, "task_counts": task_counts}
+    return trainable(aggregator, **(options | changes))
+
+
+@pytest.fixture
+def fit(one_device):
+    def run(what, steps=4, data=data, **options):
+        trainer = train.Trainer(what, mesh=one_device, **options)
+        return trainer.fit(data, steps=steps, log_every=1)
+
+    return run
+
+
+def close(a, b, **tolerance):
+    tolerance = {"rtol": 1e-4, "atol": 1e-6} | tolerance
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+def learned(found):
+    """What the method holds, keys aside."""
+    leaves = jax.tree.leaves(found.state.opt_state.aggregator.method)
+    return [x for x in leaves if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+
+
+METHODS = {
+    "sum": aggregation.sum,
+    "smoothed": lambda: aggregation.cr_mogm(aggregation.random(seed=1), T),
+    "uncertainty": weighting.uncertainty,
+    "imtl_l": weighting.imtl_l,
+    "dwa": lambda: weighting.dwa(1),
+    "geometric_mean": weighting.geometric_mean,
+    "stch": lambda: weighting.stch(warmup=2),
+    "famo": weighting.famo,
+}
+
+
+def method(name):
+    made = METHODS[name]()
+    if isinstance(made, weighting.Weighting):
+        made = weighting.as_aggregator(made, T, tx=optax.sgd(0.1))
+    return made
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_pass_is_the_combination_of_task_gradients(fit, name):
+    want = fit(trainable(method(name), grads="map"))
+    found = fit(trainable(method(name)))
+    close(found.params, want.params)
+    close(learned(found), learned(want))
+    for record, wanted in zip(found.history, want.history, strict=True):
+        missing = {"min_cosine", "conflict_rate"}
+        assert set(wanted) - set(record) == missing
+        for key, value in record.items():
+            assert value == pytest.approx(wanted[key], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sum", "uncertainty"])
+def test_one_pass_where_heads_get_the_sum(fit, name):
+    changes = {"shared": ("trunk",)}
+    want = fit(trainable(method(name), grads="map", **changes), steps=2)
+    found = fit(trainable(method(name), **changes), steps=2)
+    close(found.params, want.params)
+
+
+def flops(what, one_device, accumulate=1):
+    trainer = train.Trainer(what, mesh=one_device, accumulate=accumulate)
+    lowered = trainer.compiled_step.lower(trainer.abstract_state, data(0))
+    compiled = lowered.compile().cost_analysis()["flops"]
+    counted = train.count_flops(trainer.compiled_step, trainer.abstract_state, data(0))
+    return np.array([counted.total, compiled])
+
+
+def wide(params, batch, key):
+    """Products dominate."""
+    x = jnp.concatenate([batch["x"]] * 16, 0)
+    y = jnp.concatenate([batch["y"]] * 16, 0)
+    del key
+    return jnp.mean(errors(params, {"x": x, "y": y}), 0), {}
+
+
+def test_weights_from_losses_cost_one_backward_pass(one_device):
+    plain = train.Trainable(
+        init=init,
+        loss_fn=lambda p, b, k: (jnp.sum(wide(p, b, k)[0]), {}),
+        tx=optax.sgd(0.1),
+    )
+    one = flops(plain, one_device)
+    sgd = {"loss_fn": wide, "tx": optax.sgd(0.1)}
+    for name in ("sum", "uncertainty"):
+        ratio = flops(trainable(method(name), **sgd), one_device) / one
+        assert (ratio < 1.1).all(), (name, ratio)
+    rows = trainable(method(name), grads="map", **sgd)
+    assert flops(rows, one_device)[0] > 4 * one[0]
+    # One more forward pass, a third of forward and backward.
+    ratio = flops(trainable(method("famo"), **sgd), one_device) / one
+    assert 1.2 < ratio[0] < 1.45
+
+
+def test_constant_weights_run_every_microbatch_once(one_device):
+    plain = train.Trainable(
+        init=init,
+        loss_fn=lambda p, b, k: (jnp.sum(wide(p, b, k)[0]), {}),
+        tx=optax.sgd(0.1),
+    )
+    sgd = {"loss_fn": wide, "tx": optax.sgd(0.1)}
+    one = flops(plain, one_device, 4)
+    assert flops(trainable(method("smoothed"), **sgd), one_device, 4)[0] == one[0]
+    again = flops(trainable(method("uncertainty"), **sgd), one_device, 4)[0] / one[0]
+    assert 1.2 < again < 1.45
+
+
+def test_famo_is_the_published_algorithm(fit):
+    """Alg. 1 with the losses of the same batch, and the same noise, after the step."""
+    rate, decay, steps = 0.05, 0.1, 5
+    famo = weighting.famo(learning_rate=rate, weight_decay=decay)
+    found = fit(
+        trainable(weighting.as_aggregator(famo, T), tx=optax.sgd(0.1)), steps=steps
+    )
+
+    start, run = jax.random.split(jax.random.key(0))
+    params = init(start)
+    logits, m, v = np.zeros(T), np.zeros(T), np.zeros(T)
+    jacobian = jax.jit(jax.jacrev(lambda p, b, k: loss_fn(p, b, k)[0]))
+    for step in range(steps):
+        args = (data(step), jax.random.fold_in(run, step))
+        before = np.asarray(loss_fn(params, *args)[0], np.float64) + 1e-8
+        z = np.exp(logits - logits.max())
+        z /= z.sum()
+        weights = z / before / (z / before).sum()
+        for t in range(T):
+            assert found.history[step][f"weight_{t}"] == pytest.approx(
+                weights[t], rel=1e-4
+            )
+        rows = jacobian(params, *args)
+        params = jax.tree.map(
+            lambda p, g, w=weights: (
+                p - 0.1 * jnp.tensordot(jnp.asarray(w, jnp.float32), g, 1)
+            ),
+            params,
+            rows,
+        )
+        after = np.asarray(loss_fn(params, *args)[0], np.float64) + 1e-8
+        gain = np.log(before) - np.log(after)
+        g = z * gain - z * (z @ gain) + decay * logits
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        correct = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.999 ** (step + 1))
+        logits = logits - rate * correct[0] / (np.sqrt(correct[1]) + 1e-8)
+    close(found.params, params, rtol=1e-3, atol=1e-5)
+    state = found.state.opt_state.aggregator.method
+    np.testing.assert_allclose(state.weighting.method.logits, logits, atol=1e-3)
+    assert not bool(state.before.open)
+
+
+def test_a_loss_that_is_not_finite_after_the_step_stops_the_run(one_device):
+    what = trainable(
+        weighting.as_aggregator(weighting.famo(), 2),
+        init=lambda key: {"w": jnp.ones(())},
+        loss_fn=lambda p, b, k: (jnp.stack([p["w"] ** 2, p["w"] ** 2 + 1]), {}),
+        tx=optax.sgd(1e30),
+    )
+    with pytest.raises(train.NonFiniteError, match="a loss after it is not"):
+        train.Trainer(what, mesh=one_device).fit(data, steps=2)
+
+
+@pytest.mark.parametrize(
+    ("grads", "make"),
+    [
+        ("map", lambda: aggregation.pcgrad(seed=1)),
+        ("gramian", lambda: aggregation.pcgrad(seed=1)),
+        ("auto", lambda: weighting.as_aggregator(weighting.uncertainty(), FEW)),
+        ("auto", lambda: weighting.as_aggregator(weighting.famo(), FEW)),
+        ("auto", lambda: aggregation.constant([1.0, 2.0, 3.0])),
+    ],
+    ids=["map", "gramian", "learned", "famo", "constant"],
+)
+def test_uneven_tasks_in_microbatches_are_the_whole_batch(fit, grads, make):
+    def run(accumulate):
+        what = owned(make(), grads=grads, tx=optax.sgd(0.1))
+        return fit(what, 3, own_data, accumulate=accumulate)
+
+    want, found = run(1), run(4)
+    close(found.params, want.params, rtol=0, atol=1e-6)
+    close(learned(found), learned(want), rtol=0, atol=1e-6)
+    for record, wanted in zip(found.history, want.history, strict=True):
+        assert record == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+
+
+def test_without_counts_microbatches_would_count_alike(fit):
+    def run(accumulate, **changes):
+        what = owned(aggregation.constant([1.0, 2.0, 3.0]), **changes)
+        return fit(what, 2, own_data, accumulate=accumulate).params["trunk"]
+
+    assert abs(run(4, task_counts=None) - run(1)).max() > 1e-3
+
+
+def halves(params, batch):
+    """Task gradients [T, P] of both halves and of the whole batch."""
+
+    def rows(part):
+        jacobian = jax.jacrev(lambda p: own_loss_fn(p, part, None)[0])(params)
+        return jacobian["trunk"].reshape(FEW, -1)
+
+    parts = [{k: x[i::2] for k, x in batch.items()} for i in (0, 1)]
+    return *(rows(part) for part in parts), rows(batch)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("make", [aggregation.modo, aggregation.sdm_grad])
+def test_two_halves_of_a_batch_give_an_unbiased_gramian(fit, make, accumulate):
+    aggregator = make(FEW)
+    what = owned(aggregator, tx=optax.sgd(0.1), shared=("trunk",))
+    found = fit(what, 3, own_data, accumulate=accumulate)
+    params = init(jax.random.split(jax.random.key(0))[0])
+    state = aggregator.rule.init()
+    for step in range(3):
+        batch = own_data(step)
+        first, second, whole = halves(params, batch)
+        weights, state = aggregator.rule.weigh(
+            jnp.zeros((FEW, FEW)), state, cross_gram=first @ second.T
+        )
+        record = found.history[step]
+        for t in range(FEW):
+            assert record[f"weight_{t}"] == pytest.approx(
+                float(weights[t]), rel=1e-3, abs=1e-5
+            )
+        slope = (weights @ whole).reshape(WIDTH, WIDTH)
+        heads = jax.grad(lambda p, b=batch: own_loss_fn(p, b, None)[0].sum())(params)
+        params = {
+            "trunk": params["trunk"] - 0.1 * slope,
+            "heads": params["heads"] - 0.1 * heads["heads"],
+        }
+    close(found.params, params, atol=1e-5)
+    assert "conflict_rate" in found.history[0]
+
+
+def test_halves_want_two_rows(fit):
+    what = trainable(aggregation.modo(T))
+    with pytest.raises(ValueError, match="found 1 rows, wanted a multiple of 2"):
+        fit(what, 1, lambda step: data(step, 1))
+    with pytest.raises(ValueError, match="found 3 rows, wanted a multiple of 6"):
+        fit(what, 1, lambda step: data(step, 3), accumulate=3)
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        (lambda batch: jnp.zeros(2), r"task_counts gives \(2,\), loss_fn \(3,\)"),
+        (lambda batch: jnp.zeros(()), r"task_counts gives \(\), wanted \[T\]"),
+    ],
+)
+def test_counts_that_do_not_fit_are_refused(fit, counts, message):
+    what = owned(aggregation.mean(), task_counts=counts)
+    with pytest.raises(ValueError, match=message):
+        fit(what, 1, own_data)
+
+
+def test_halves_over_devices_are_the_same(one_device):
+    """Each device gives rows to both halves."""
+    mesh = train.make_mesh(devices=jax.devices()[:2])
+    what = trainable(aggregation.modo(T), loss_fn=wide, tx=optax.sgd(0.1))
+    runs = [train.Trainer(what, mesh=m).fit(data, steps=1) for m in (one_device, mesh)]
+    close(runs[0].params, runs[1].params)
