@@ -60,7 +60,8 @@ __all__ = [
     "wide_dtype",
 ]
 
-_GRAM_BLOCK = 8192  # elements of each task
+# Elements of a slice, all tasks together, that stay in cache; and least of each task.
+_GRAM_BLOCK, _GRAM_COLUMNS = 57344, 3584
 _COMBINE_BLOCK = 32  # tasks
 
 
@@ -297,14 +298,22 @@ def _gram_blocked(x: jax.Array) -> jax.Array:
     """[T, ...] -> [T, T] by slices of the flat view: fast where memory is cached."""
     x = x.reshape(x.shape[0], -1)
     count, length = x.shape
-    blocks = length // _GRAM_BLOCK
+    dtype, narrow = x.dtype, x.dtype.itemsize == 2
+    # XLA's CPU backend slices 16-bit floats one by one, but integers many at once.
+    x = jax.lax.bitcast_convert_type(x, jnp.uint16) if narrow else x
+    block = max(_GRAM_BLOCK // count // 128 * 128, _GRAM_COLUMNS)
+    blocks = length // block
+
+    def partial(part):
+        if narrow:
+            part = jax.lax.bitcast_convert_type(part, dtype)
+        return _gram_dense(part.astype(jnp.float32))
 
     def add(i, total):
-        part = jax.lax.dynamic_slice(x, (0, i * _GRAM_BLOCK), (count, _GRAM_BLOCK))
-        return total + _gram_dense(part.astype(jnp.float32))
+        part = jax.lax.dynamic_slice(x, (0, i * block), (count, block))
+        return total + partial(part)
 
-    total = _gram_dense(x[:, blocks * _GRAM_BLOCK :].astype(jnp.float32))
-    return jax.lax.fori_loop(0, blocks, add, total)
+    return jax.lax.fori_loop(0, blocks, add, partial(x[:, blocks * block :]))
 
 
 @jax.jit
@@ -313,7 +322,7 @@ def _gram(tree):
         if x.dtype not in (jnp.bfloat16, jnp.float16):
             x = x.astype(jnp.float32)
         # Slicing a flat view would gather a sharded leaf; one device shards nothing.
-        if jax.device_count() > 1 or x[0].size <= _GRAM_BLOCK:
+        if jax.device_count() > 1 or x.size <= _GRAM_BLOCK:
             return _gram_dense(x)
         return jax.lax.platform_dependent(x, cpu=_gram_blocked, default=_gram_dense)
 
