@@ -8,6 +8,7 @@ from mtl_jax.models import heads, layers, multitask
 from mtl_jax.models.backbones import (
     Bert,
     ConvStage,
+    Decoder,
     Mlp,
     SentenceEncoder,
     SmallConv,
@@ -15,13 +16,19 @@ from mtl_jax.models.backbones import (
 )
 from mtl_jax.models.functional import functional
 from mtl_jax.models.heads import Classifier, mean_pool, prototype_logits
-from mtl_jax.models.layers import stack_layers, unstack_layers
+from mtl_jax.models.layers import (
+    init_cache,
+    reorder_cache,
+    stack_layers,
+    unstack_layers,
+)
 from mtl_jax.models.registry import build, names, sharding_rules
 
 __all__ = [
     "Bert",
     "Classifier",
     "ConvStage",
+    "Decoder",
     "Mlp",
     "SentenceEncoder",
     "SmallConv",
@@ -29,11 +36,13 @@ __all__ = [
     "build",
     "functional",
     "heads",
+    "init_cache",
     "layers",
     "mean_pool",
     "multitask",
     "names",
     "prototype_logits",
+    "reorder_cache",
     "sharding_rules",
     "stack_layers",
     "unstack_layers",

@@ -8,8 +8,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from mtl_jax.models import multitask
-from mtl_jax.models.backbones import bert, mlp, small_conv, vit
+from mtl_jax.models.backbones import bert, decoder, mlp, small_conv, vit
 from mtl_jax.models.backbones.bert import Bert
+from mtl_jax.models.backbones.decoder import Decoder
+from mtl_jax.models.backbones.decoder_sizes import DECODERS
 from mtl_jax.models.backbones.mlp import Mlp
 from mtl_jax.models.backbones.sentence import SentenceEncoder
 from mtl_jax.models.backbones.small_conv import SmallConv
@@ -45,11 +47,13 @@ _MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
         ViT,
         {"patch_size": 14, "projection": 768, **SIZES["l"], **CLIP_OPTIONS},
     ),
+    **{name: (Decoder, options) for name, options in DECODERS.items()},
 }
 
 
 _RULES: dict[type[nn.Module], Rules] = {
     Bert: bert.SHARDING_RULES,
+    Decoder: decoder.SHARDING_RULES,
     Mlp: mlp.SHARDING_RULES,
     SentenceEncoder: bert.SHARDING_RULES,
     SmallConv: small_conv.SHARDING_RULES,

@@ -1,26 +1,51 @@
 """Layers that the backbones share."""
 
 from mtl_jax.models.layers.attention import SelfAttention, attend, mask_bias
+from mtl_jax.models.layers.cache import init_cache, reorder_cache
+from mtl_jax.models.layers.causal_attention import (
+    CausalSelfAttention,
+    grouped_attend,
+    restarts,
+)
 from mtl_jax.models.layers.feed_forward import (
     ACTIVATIONS,
     FeedForward,
+    GatedFeedForward,
     activation,
     quick_gelu,
 )
-from mtl_jax.models.layers.norm import LayerNorm
+from mtl_jax.models.layers.moe import MixtureOfExperts, apply_experts
+from mtl_jax.models.layers.norm import LayerNorm, RmsNorm
+from mtl_jax.models.layers.rotary import rotary_frequencies
 from mtl_jax.models.layers.sharding import BLOCK_RULES
-from mtl_jax.models.layers.stack import run_stack, stack_layers, unstack_layers
+from mtl_jax.models.layers.stack import (
+    run_layers,
+    run_stack,
+    stack_layers,
+    unstack_layers,
+)
 
 __all__ = [
     "ACTIVATIONS",
     "BLOCK_RULES",
+    "CausalSelfAttention",
     "FeedForward",
+    "GatedFeedForward",
     "LayerNorm",
+    "MixtureOfExperts",
+    "RmsNorm",
     "SelfAttention",
     "activation",
+    "apply_experts",
     "attend",
+    "grouped_attend",
+    "init_cache",
     "mask_bias",
     "quick_gelu",
+    "reorder_cache",
+    "restarts",
+    "rotary_frequencies",
+    "run_layers",
     "run_stack",
     "stack_layers",
     "unstack_layers",

@@ -1,4 +1,4 @@
-"""Two-layer feed-forward block and the activations it may use."""
+"""Feed-forward blocks and the activations they may use."""
 
 import functools
 from collections.abc import Callable
@@ -46,6 +46,7 @@ class FeedForward(nn.Module):
       dtype: compute dtype; None follows inputs and parameters.
       param_dtype: dtype of the parameters.
       kernel_init: initialiser of both kernels.
+      use_bias: give both layers a bias.
     """
 
     hidden: int
@@ -53,6 +54,7 @@ class FeedForward(nn.Module):
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: chex.Array) -> chex.Array:
@@ -61,6 +63,7 @@ class FeedForward(nn.Module):
         def dense(name, width):
             return nn.Dense(
                 width,
+                use_bias=self.use_bias,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
                 kernel_init=self.kernel_init,
@@ -69,3 +72,42 @@ class FeedForward(nn.Module):
 
         y = activation(self.activation)(dense("in", self.hidden)(x))
         return dense("out", x.shape[-1])(y)
+
+
+class GatedFeedForward(nn.Module):
+    """`out(activation(gate(x)) * in(x))`, back to the width of x.
+
+    Attributes:
+      hidden: width of the hidden layer.
+      activation: a name in `ACTIVATIONS`.
+      dtype: compute dtype; None follows inputs and parameters.
+      param_dtype: dtype of the parameters.
+      kernel_init: initialiser of the three kernels.
+      use_bias: give the three layers a bias.
+
+    **Follows**: Shazeer 2020, "GLU Variants Improve Transformer".
+    """
+
+    hidden: int
+    activation: str = "silu"
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: chex.Array) -> chex.Array:
+        """Args: x: [..., D]. Returns: [..., D]."""
+
+        def dense(name, width):
+            return nn.Dense(
+                width,
+                use_bias=self.use_bias,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                kernel_init=self.kernel_init,
+                name=name,
+            )
+
+        y = activation(self.activation)(dense("gate", self.hidden)(x))
+        return dense("out", x.shape[-1])(y * dense("in", self.hidden)(x))

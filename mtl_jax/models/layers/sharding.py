@@ -24,10 +24,23 @@ _BLOCK: Rules = (
     (r"(norm_attention|norm_mlp)/(scale|bias)", P()),
 )
 
-BLOCK_RULES: Rules = (
-    *((rf"^(.*/)?layers_\d+/{regex}$", spec) for regex, spec in _BLOCK),
-    *((rf"^(.*/)?layers/{regex}$", P(None, *spec)) for regex, spec in _BLOCK),
-)
+
+def block_rules(rows: Rules) -> Rules:
+    """Rules for leaves of one block, for unrolled and for scanned stacks.
+
+    Args:
+      rows: (regex of the path inside the block, spec of the unrolled leaf).
+
+    Returns:
+      Rules over whole paths.
+    """
+    return (
+        *((rf"^(.*/)?layers_\d+/{regex}$", spec) for regex, spec in rows),
+        *((rf"^(.*/)?layers/{regex}$", P(None, *spec)) for regex, spec in rows),
+    )
+
+
+BLOCK_RULES: Rules = block_rules(_BLOCK)
 
 
 def keep_batch_split(x: chex.Array) -> chex.Array:

@@ -44,9 +44,66 @@ def run_stack(
       (last output, the outputs of all blocks when `collect`, else ()).
     """
 
-    def body(block, x, bias):
-        x = keep_batch_split(block(keep_batch_split(x), bias))
-        return x, (x if collect else None)
+    def call(block, x, bias, own, cache, layer):
+        del own, layer
+        return block(x, bias), cache
+
+    options = {"scan": scan, "remat": remat, "collect": collect}
+    x, _, outputs = _run(call, make_block, num_layers, x, bias, None, None, **options)
+    return x, outputs
+
+
+def run_layers(
+    make_block: Callable[[str], nn.Module],
+    num_layers: int,
+    x: chex.Array,
+    shared: Any,
+    *,
+    own: Any = None,
+    cache: Mapping[str, Any] | None = None,
+    scan: bool = False,
+    remat: bool = False,
+    collect: bool = False,
+) -> tuple[chex.Array, dict[str, Any] | None, tuple[chex.Array, ...]]:
+    """`run_stack` for blocks with inputs of their own and a cache that they write.
+
+    A scanned stack carries its whole cache through the loop, so that a block writes
+    the few entries that change in place instead of copying its share.
+
+    Args:
+      make_block: name -> block; a block maps (x, shared, own, cache, layer) to the
+        new (x, cache). Unrolled, `cache` is that of the block and `layer` None;
+        scanned, `cache` is the whole stack and `layer` its int32 index.
+      num_layers: number of blocks.
+      x: [B, L, D].
+      shared: tree passed to every block unchanged.
+      own: tree of arrays with a leading axis of length `num_layers`; every block
+        gets its slice.
+      cache: {"layers": stacked} when scanned, {"layers_0": ..., ...} otherwise.
+      scan: see `run_stack`.
+      remat: see `run_stack`.
+      collect: see `run_stack`.
+
+    Returns:
+      (last output, the new cache, the outputs of all blocks when `collect`).
+    """
+
+    def call(block, x, shared, own, cache, layer):
+        return block(x, shared, own, cache, layer)
+
+    options = {"scan": scan, "remat": remat, "collect": collect}
+    return _run(call, make_block, num_layers, x, shared, own, cache, **options)
+
+
+def _run(
+    call, make_block, num_layers, x, shared, own, cache, *, scan, remat, collect
+) -> tuple[chex.Array, dict[str, Any] | None, tuple[chex.Array, ...]]:
+    def body(block, carry, shared, own):
+        x, cache = carry
+        own, layer = own
+        x, cache = call(block, keep_batch_split(x), shared, own, cache, layer)
+        x = keep_batch_split(x)
+        return (x, cache), (x if collect else None)
 
     if remat:
         body = nn.remat(body, prevent_cse=not scan)
@@ -55,16 +112,23 @@ def run_stack(
             body,
             variable_axes={True: 0},
             split_rngs={True: True},
-            in_axes=nn.broadcast,
+            in_axes=(nn.broadcast, 0),
             length=num_layers,
         )
-        x, outputs = run(make_block("layers"), x, bias)
-        return x, tuple(outputs) if collect else ()
-    outputs = []
+        carry = x, None if cache is None else cache["layers"]
+        inputs = own, jnp.arange(num_layers, dtype=jnp.int32)
+        (x, stack), outputs = run(make_block("layers"), carry, shared, inputs)
+        written = None if cache is None else {"layers": stack}
+        return x, written, tuple(outputs) if collect else ()
+    outputs, written = [], {}
     for i in range(num_layers):
-        x, output = body(make_block(f"layers_{i}"), x, bias)
+        name = f"layers_{i}"
+        mine = jax.tree.map(lambda leaf, i=i: leaf[i], own)
+        carry = x, None if cache is None else cache[name]
+        (x, written[name]), output = body(make_block(name), carry, shared, (mine, None))
         outputs.append(output)
-    return x, tuple(outputs) if collect else ()
+    new = None if cache is None else written
+    return x, new, tuple(outputs) if collect else ()
 
 
 def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,141 @@
+"""Keys and values that a decoder has seen, in buffers of a fixed length."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+
+class LayerCache(NamedTuple):
+    """Buffers of one layer, or of a scanned stack with the layer that is meant.
+
+    Attributes:
+      key: [B, S, K, d], or [depth, B, S, K, d] with `layer`.
+      value: like `key`.
+      layer: int32 scalar, or None.
+    """
+
+    key: chex.Array
+    value: chex.Array
+    layer: chex.Array | None = None
+
+
+def init_cache(
+    model: Any, batch: int, length: int, dtype: DTypeLike | None = None
+) -> dict[str, Any]:
+    """An empty cache for a decoder.
+
+    Args:
+      model: a `models.Decoder`.
+      batch: B, number of rows.
+      length: S, tokens that a row can hold.
+      dtype: of keys and values; None = the compute dtype of the model.
+
+    Returns:
+      {"layers": {"key", "value"}}, each [depth, B, S, K, d], for a scanned model,
+      {"layers_0": {"key", "value"}, ...}, each [B, S, K, d], for an unrolled one, and
+      "length" [B] int32, the tokens that each row holds.
+
+    Raises:
+      ValueError: if `length` exceeds the context of the model.
+    """
+    if not 1 <= length <= model.max_positions:
+        raise ValueError(
+            f"init_cache: length must lie in [1, {model.max_positions}], the context "
+            f"of the model, is {length}"
+        )
+    dtype = dtype or model.dtype or model.param_dtype
+    heads = model.num_kv_heads or model.num_heads
+    shape = (batch, length, heads, model.dim_of_head)
+    if model.scan and model.depth:
+        names, shape = ["layers"], (model.depth, *shape)
+    else:
+        names = [f"layers_{i}" for i in range(model.depth)]
+    kinds = ("key", "value")
+    layers = {name: {k: jnp.zeros(shape, dtype) for k in kinds} for name in names}
+    return {**layers, "length": jnp.zeros(batch, jnp.int32)}
+
+
+def reorder_cache(cache: Mapping[str, Any], rows: chex.Array) -> dict[str, Any]:
+    """Picks rows of a cache, as beam search does.
+
+    Args:
+      cache: what `init_cache` makes.
+      rows: [B'] integer.
+
+    Returns:
+      The cache of those rows.
+    """
+    return {
+        name: jax.tree.map(
+            lambda x, axis=int(name == "layers"): jnp.take(x, rows, axis=axis), part
+        )
+        for name, part in cache.items()
+    }
+
+
+def read_cache(cache: LayerCache) -> tuple[chex.Array, chex.Array]:
+    """Keys and values of the layer, each [B, S, K, d]."""
+    return _own(cache.key, cache.layer), _own(cache.value, cache.layer)
+
+
+def write_cache(
+    cache: LayerCache,
+    key: chex.Array,
+    value: chex.Array,
+    start: chex.Array,
+    count: chex.Array,
+) -> LayerCache:
+    """Writes the first `count[b]` tokens of each row to slots `start[b]` onwards.
+
+    What lies beyond the buffer is not written.
+
+    Args:
+      cache: the buffers.
+      key: [B, L, K, d].
+      value: [B, L, K, d].
+      start: [B] int32.
+      count: [B] int32.
+
+    Returns:
+      The new buffers, in their dtype.
+    """
+    write = _write_one if key.shape[1] == 1 else _write_many
+    return cache._replace(
+        key=write(cache.key, key.astype(cache.key.dtype), start, count, cache.layer),
+        value=write(
+            cache.value, value.astype(cache.value.dtype), start, count, cache.layer
+        ),
+    )
+
+
+def _write_one(buffer, new, start, count, layer):
+    """A single token: as many entries move as there are rows."""
+    length = buffer.shape[-3]
+    slots = jnp.where(count > 0, start, length)
+    rows = jnp.arange(new.shape[0], dtype=jnp.int32)
+    index = (rows, slots) if layer is None else (layer, rows, slots)
+    return buffer.at[index].set(new[:, 0], mode="drop")
+
+
+def _write_many(buffer, new, start, count, layer):
+    """Many tokens: every slot asks which token it holds, if any."""
+    old = _own(buffer, layer)
+    slots = jnp.arange(old.shape[1], dtype=jnp.int32)[None]
+    token = slots - start[:, None]
+    written = (token >= 0) & (token < count[:, None])
+    token = jnp.clip(token, 0, new.shape[1] - 1)[:, :, None, None]
+    picked = jnp.take_along_axis(new, token, axis=1)
+    fresh = jnp.where(written[:, :, None, None], picked, old)
+    if layer is None:
+        return fresh
+    return jax.lax.dynamic_update_index_in_dim(buffer, fresh, layer, 0)
+
+
+def _own(buffer, layer):
+    if layer is None:
+        return buffer
+    return jax.lax.dynamic_index_in_dim(buffer, layer, 0, keepdims=False)
