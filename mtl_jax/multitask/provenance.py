@@ -14,6 +14,9 @@ import mtl_jax
 _DECIDES = (
     "data/pipelines.py",
     "data/sources.py",
+    "io/names",
+    "io/pretrained.py",
+    "kernels",
     "losses",
     "metrics",
     "models",

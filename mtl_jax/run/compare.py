@@ -17,7 +17,7 @@ from mtl_jax.multitask import (
     baselines,
     single,
 )
-from mtl_jax.run.claims import add_claims
+from mtl_jax.run.experiment import Experiment
 
 SINGLE = "single tasks"
 
@@ -58,18 +58,16 @@ def _last(outcome: Outcome, name: str) -> float:
     return float(np.mean(curve[len(curve) // 2 :])) if curve else float("nan")
 
 
-class Comparison:
+class Comparison(Experiment):
     """A bench, seeds, and the results so far; what analyses work on.
 
-    Attributes:
+    Attributes, beside those of every `Experiment`:
       bench: trains.
-      config: the whole experiment; what is compared is `config.study`.
+      problem: what it trains on.
       seeds: of initial parameters and data order.
-      results: row name -> `Result`.
-      report: collects tables and figures.
-      claims: (claim, what was measured, whether it holds).
-      progress: a `report.Progress`.
     """
+
+    results: dict[str, Result]
 
     def __init__(
         self,
@@ -78,14 +76,10 @@ class Comparison:
         document: report.Report,
         progress: report.Progress,
     ):
+        super().__init__(config, document, progress)
         self.bench = bench
         self.problem = bench.problem
-        self.config = config
         self.seeds = tuple(config.seeds)
-        self.report = document
-        self.progress = progress
-        self.results: dict[str, Result] = {}
-        self.claims: list[tuple[str, str, bool]] = []
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(
                 f"comparison: seeds wants one or more, each once; found {self.seeds}"
@@ -161,10 +155,6 @@ class Comparison:
             chosen=tuple(chosen),
             delta=np.array(delta),
         )
-
-    def claim(self, text: str, measured: str, holds: bool) -> None:
-        """Records a directional claim of the paper and what came of it here."""
-        self.claims.append((text, measured, bool(holds)))
 
     def wins(self, first: str, second: str) -> tuple[int, float]:
         """(seeds in which a row's delta is at least another's, mean difference)."""
@@ -272,12 +262,9 @@ def _spread(values: np.ndarray) -> float:
 
 def write(comparison: Comparison, workdir: epath.Path) -> None:
     """Adds what every comparison shows, writes the report, and prints its tables."""
-    document = comparison.report
-    analyses, document.sections = document.sections, []
-    _add_table(comparison)
-    add_claims(document, comparison.claims, f"{len(comparison.seeds)} seeds.")
-    _add_figures(comparison)
-    document.sections += analyses
-    page = document.write(workdir / "report")
-    document.print()
-    comparison.progress.log(f"report: {page}")
+    comparison.write(
+        workdir,
+        table=lambda: _add_table(comparison),
+        rests_on=f"{len(comparison.seeds)} seeds.",
+        details=lambda: _add_figures(comparison),
+    )

@@ -12,7 +12,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mtl_jax import io, report, tree
-from mtl_jax.run.claims import add_claims
+from mtl_jax.run.experiment import Experiment
 from mtl_jax.transforms import merging
 from mtl_jax.zoo import Evaluator, PostHoc, SharedModel, TaskModels, Zoo
 
@@ -43,19 +43,16 @@ class Result:
     seconds: float | None
 
 
-class Study:
+class Study(Experiment):
     """A zoo, its task vectors, and the results so far; what analyses work on.
 
-    Attributes:
+    Attributes, beside those of every `Experiment`:
       zoo: experts and tasks.
       evaluator: accuracy by content.
-      config: the whole experiment; what the study compares is `config.study`.
       taus: expert kind -> task vectors with leaves [T, ...].
-      results: row name -> `Result`.
-      report: collects tables and figures.
-      claims: (claim, what was measured, whether it holds).
-      progress: a `report.Progress`.
     """
+
+    results: dict[str, Result]
 
     def __init__(
         self,
@@ -65,17 +62,13 @@ class Study:
         document: report.Report,
         progress: report.Progress,
     ):
+        super().__init__(config, document, progress)
         self.zoo = zoo
         self.evaluator = evaluator
-        self.config = config
-        self.report = document
-        self.progress = progress
         self.taus = {
             kind: merging.task_vectors(zoo.base, family)
             for kind, family in zoo.experts.items()
         }
-        self.results: dict[str, Result] = {}
-        self.claims: list[tuple[str, str, bool]] = []
         self._reference: dict[tuple[str, str, bool], np.ndarray] = {}
 
     @property
@@ -237,10 +230,6 @@ class Study:
             seconds=time.monotonic() - began[0] if fresh else None,
         )
 
-    def claim(self, text: str, measured: str, holds: bool) -> None:
-        """Records a directional claim of the paper and what came of it here."""
-        self.claims.append((text, measured, bool(holds)))
-
 
 def cosine_matrix(taus: chex.ArrayTree) -> np.ndarray:
     """[T, T] cosines between whole task vectors."""
@@ -346,15 +335,9 @@ def _curves(study: Study) -> None:
 
 def write(study: Study, workdir: epath.Path) -> None:
     """Adds what every study shows, writes the report, and prints its tables."""
-    analyses, study.report.sections = study.report.sections, []
-    _add_accuracy(study)
-    add_claims(
-        study.report,
-        study.claims,
-        "One seed of one small suite; RESULTS.md has several.",
+    study.write(
+        workdir,
+        table=lambda: _add_accuracy(study),
+        rests_on="One seed of one small suite; RESULTS.md has several.",
+        details=lambda: _add_details(study),
     )
-    _add_details(study)
-    study.report.sections += analyses
-    page = study.report.write(workdir / "report")
-    study.report.print()
-    study.progress.log(f"report: {page}")
