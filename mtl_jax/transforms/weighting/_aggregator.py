@@ -93,21 +93,7 @@ def as_aggregator(
     reads = ("gram", "losses") if "norms" in method.needs else ("losses",)
 
     def init():
-        params, state = method.init(num_tasks)
-        before = ()
-        if looks_after:
-            before = Before(
-                losses=jnp.zeros(num_tasks, jnp.float32),
-                present=jnp.zeros(num_tasks, bool),
-                open=jnp.asarray(False),
-            )
-        return AsAggregatorState(
-            params=params,
-            opt_state=tx.init(params),
-            weighting=state,
-            before=before,
-            finite=jnp.asarray(True),
-        )
+        return _start(method, num_tasks, tx)
 
     def weigh(gram, state, *, losses=None, present=None, **extra):
         del extra
@@ -126,17 +112,14 @@ def as_aggregator(
         found = method.update(
             state.weighting, losses, present, after=losses, norms=norms
         )
-        before = ()
+        new = state._replace(params=params, opt_state=opt_state, finite=found.finite)
         if looks_after:
             before = Before(losses.astype(jnp.float32), present, jnp.asarray(True))
+            new = new._replace(before=before)
+        else:
+            new = new._replace(weighting=found)
         weights = jnp.where(found.finite, weights, jnp.nan)
-        return weights.astype(jnp.float32), AsAggregatorState(
-            params=params,
-            opt_state=opt_state,
-            weighting=state.weighting if looks_after else found,
-            before=before,
-            finite=found.finite,
-        )
+        return weights.astype(jnp.float32), new
 
     def after(state, losses):
         return _learn(method, state, losses)
@@ -150,6 +133,27 @@ def as_aggregator(
         return out, new._replace(finite=new.finite & new.method.finite)
 
     return Aggregator(inner.init, update, rule)
+
+
+def _start(
+    method: Weighting, num_tasks: int, tx: optax.GradientTransformation
+) -> AsAggregatorState:
+    """The state before the first step."""
+    params, state = method.init(num_tasks)
+    before = ()
+    if "after" in method.needs:
+        before = Before(
+            losses=jnp.zeros(num_tasks, jnp.float32),
+            present=jnp.zeros(num_tasks, bool),
+            open=jnp.asarray(False),
+        )
+    return AsAggregatorState(
+        params=params,
+        opt_state=tx.init(params),
+        weighting=state,
+        before=before,
+        finite=jnp.asarray(True),
+    )
 
 
 def _learn(
