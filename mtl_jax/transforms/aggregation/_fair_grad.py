@@ -14,6 +14,7 @@ from mtl_jax.transforms.aggregation._cosine import Cosines, cosine_gram, dot
 
 _STEPS = 40
 _TOLERANCE = 1e-4  # Newton squares the error once more after it has become that small.
+_COARSEST = 0.1
 _TRIED = (1.0, 0.8, 0.6, 0.45, 0.3, 0.2, 0.1, 0.05, 0.02, 0.005)
 
 
@@ -28,7 +29,9 @@ def fair_shares(
       U (b x) = b x^-power,  U the cosines,
 
     which has x = 1 where all gradients are orthogonal, whatever their lengths. Newton's
-    method with a line search, in the variables b x.
+    method with a line search, in the variables b x; before each step the common factor
+    is the best there is, in closed form, since near a stationary point shares are large
+    and steps alone would double them at most.
 
     Args:
       split: cosines and norms.
@@ -42,7 +45,8 @@ def fair_shares(
     cosines, norms, inverse = split
     count = len(norms)
     active = inverse != 0
-    ridge = 1e-6 + count * float(jnp.finfo(norms.dtype).eps)
+    eps = float(jnp.finfo(norms.dtype).eps)
+    ridge = 1e-6 + count * eps
     extra = jnp.where(active, ridge, 1).astype(norms.dtype)
     matrix = cosines + jnp.diag(extra)
     largest = jnp.max(norms)
@@ -55,8 +59,11 @@ def fair_shares(
 
     def step(carry):
         x, _, taken = carry
-        point, barrier = scale * x, inverse_power(x)
-        product = dot(matrix, point)
+        product, barrier = dot(matrix, scale * x), inverse_power(x)
+        ratio = dot(scale * barrier, scale * x) / dot(scale * x, product)
+        factor = jnp.where(ratio > 0, ratio, 1) ** (1 / (1 + power))
+        x, product, barrier = x * factor, product * factor, inverse_power(x * factor)
+        point = scale * x
         residual = product - scale * barrier
         hessian = matrix + jnp.diag(power * barrier / x)
         factor = jnp.linalg.cholesky(hessian)
@@ -75,18 +82,17 @@ def fair_shares(
         )
         good = jnp.asarray(slopes <= 0.2 * jnp.abs(dot(move, residual)))
         size = sizes[jnp.argmax(good.at[-1].set(True))]
-        moved = jnp.max(jnp.abs(size * change) / x)
-        return jnp.maximum(x + size * change, 1e-12), moved, taken + 1
+        # Where the product cancels, its rounding is what keeps the steps from ending.
+        noise = eps * jnp.max(dot(jnp.abs(matrix), point) / (scale * barrier))
+        enough = jnp.clip(noise, _TOLERANCE, _COARSEST)
+        excess = jnp.max(jnp.abs(size * change) / x) / enough
+        return jnp.maximum(x + size * change, 1e-12), excess, taken + 1
 
     def unfinished(carry):
-        _, moved, taken = carry
-        return (moved > _TOLERANCE) & (taken < _STEPS)
+        _, excess, taken = carry
+        return (excess > 1) & (taken < _STEPS)
 
     x = jnp.ones_like(norms) if start is None else start.astype(norms.dtype)
-    # The best common factor of the start, in closed form.
-    point = scale * x
-    ratio = dot(scale * inverse_power(x), point) / dot(point, dot(matrix, point))
-    x = x * ratio ** (1 / (1 + power))
     carry = (x, jnp.full((), jnp.inf, norms.dtype), jnp.zeros((), jnp.int32))
     return jax.lax.while_loop(unfinished, step, carry)[0]
 

@@ -28,10 +28,13 @@ class NashState(NamedTuple):
 def weights(
     gram: chex.Array, *, max_norm: float = 1.0, start: chex.Array | None = None
 ) -> chex.Array:
-    r"""The positive w with `(gram / |gram|) @ w = 1 / w`, its update bounded in length.
+    r"""The positive w with `gram @ w = 1 / w`, its update bounded in length.
+
+    All tasks gain alike, `w[t] g_t . d = 1` with d the update, and |d| is the root of T
+    before it is bounded, however long the gradients are.
 
     Args:
-      gram: [T, T], inner products of task gradients; |gram| is its Frobenius norm.
+      gram: [T, T], inner products of task gradients.
       max_norm: longest update; longer ones are scaled down to it. 0 is no bound.
       start: [T], positive, weights times norms up to a factor, from where to search.
 
@@ -43,12 +46,14 @@ def weights(
 
     **Follows**: Navon et al. 2022, "Multi-Task Learning as a Bargaining Game", alg. 1.
     **Differs**: the equations are those of a strictly convex problem and are solved to
-      rounding by Newton's method; the authors linearise it, up to 20 times. Dividing by
-      |gram| is theirs. For dependent gradients the cosines have a ridge of 1e-6.
+      rounding by Newton's method; the authors linearise it, up to 20 times. Their code
+      divides the Gramian by its norm and multiplies by it again in the constraints, so
+      that where it converges the equations are these. For dependent gradients the
+      cosines have a ridge of 1e-6.
 
     >>> found = weights(jnp.diag(jnp.array([4.0, 1.0])), max_norm=0)
     >>> print(*(f"{x:.2f}" for x in found))
-    1.02 2.03
+    0.50 1.00
     """
     return bound(gram, _solve(gram, start)[0], max_norm)
 
@@ -56,11 +61,7 @@ def weights(
 def _solve(gram, start):
     split = cosine_gram("nash_mtl", gram)
     shares = fair_shares(split, 1.0, start)
-    largest = jnp.max(split.norms)
-    relative = split.norms / jnp.where(largest == 0, 1, largest)
-    scaled = split.cosines * relative[:, None] * relative[None, :]
-    factor = jnp.sqrt(jnp.sqrt(jnp.sum(scaled**2)))  # of the root of |gram|
-    return shares * split.inverse * largest * factor, shares
+    return shares * split.inverse, shares
 
 
 def bound(gram: chex.Array, weights: chex.Array, max_norm: float) -> chex.Array:
@@ -92,7 +93,7 @@ def nash_mtl(num_tasks: int, *, max_norm: float = 1.0, every: int = 1) -> Aggreg
     >>> grads = {"w": jnp.array([[2.0, 0.0], [0.0, 1.0]])}
     >>> out, _ = tx.update(grads, tx.init({"w": jnp.zeros(2)}))
     >>> print(*(f"{x:.2f}" for x in out["w"]))
-    2.03 2.03
+    1.00 1.00
     """
     if every < 1:
         raise ValueError(f"nash_mtl: every is {every}, wanted 1 or more")
