@@ -2,7 +2,25 @@
 
 from mtl_jax.io.names._bert import bert
 from mtl_jax.io.names._clip_vision import clip_vision
+from mtl_jax.io.names._gemma import gemma, gemma2
+from mtl_jax.io.names._gpt2 import gpt2
+from mtl_jax.io.names._llama import llama
+from mtl_jax.io.names._olmoe import olmoe
+from mtl_jax.io.names._qwen import qwen2, qwen3
 from mtl_jax.io.names._table import NameTable, Rule
 from mtl_jax.io.names._vit import vit
 
-__all__ = ["NameTable", "Rule", "bert", "clip_vision", "vit"]
+__all__ = [
+    "NameTable",
+    "Rule",
+    "bert",
+    "clip_vision",
+    "gemma",
+    "gemma2",
+    "gpt2",
+    "llama",
+    "olmoe",
+    "qwen2",
+    "qwen3",
+    "vit",
+]
