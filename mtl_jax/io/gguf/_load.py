@@ -1,0 +1,66 @@
+"""From a GGUF file to the parameters of one of our backbones."""
+
+from typing import Any
+
+from etils import epath
+
+from mtl_jax.io.gguf._reader import GgufFile
+from mtl_jax.io.names._gguf_llama import gguf_llama
+from mtl_jax.io.names._table import NameTable
+
+
+def name_table(file: GgufFile) -> NameTable:
+    """The layout of a file, by its architecture and head counts.
+
+    `models.build(table.model, **table.options(file.metadata))` is the backbone that
+    fits its weights.
+
+    Args:
+      file: an open file.
+
+    Returns:
+      A table for `load`; it keeps no tensor.
+
+    Raises:
+      ValueError: for an architecture or metadata that no backbone can express, or an
+        embedding that has another number of rows than the vocabulary.
+    """
+    factors = file.get("rope_freqs.weight")
+    try:
+        table = gguf_llama(
+            file.metadata, tied="output.weight" not in file, rope_factors=factors
+        )
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from error
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    rows = file.shape("token_embd.weight")[0] if "token_embd.weight" in file else None
+    if tokens is not None and rows is not None and len(tokens) != rows:
+        raise ValueError(
+            f"{file.path}: the vocabulary has {len(tokens)} tokens, "
+            f"'token_embd.weight' {rows} rows"
+        )
+    return table
+
+
+def load(path: epath.PathLike | GgufFile, like: Any = None) -> dict[str, Any]:
+    """Reads a file into the parameters of one of our backbones, leaf by leaf.
+
+    Each leaf is decoded straight into its place, so that the host holds the tree, one
+    leaf and a few MiB, beside pages of the mapped file.
+
+    Args:
+      path: the file, or one that is open.
+      like: parameters or their `jax.eval_shape`, unrolled or scanned; gives structure,
+        shapes, dtypes and shardings. None: unrolled, in the dtypes of the file, where
+        quantised tensors are float32.
+
+    Returns:
+      Nested dict of JAX arrays, to be used as `params`.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: for a corrupt or unsupported file, or listing every tensor that is
+        missing, unexpected or of the wrong shape.
+    """
+    file = path if isinstance(path, GgufFile) else GgufFile(path)
+    return name_table(file).load(file, like, where=f"gguf.load: {file.path}")
