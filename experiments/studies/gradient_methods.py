@@ -12,6 +12,7 @@ get two batches of training rows each step.
 
 import argparse
 import json
+import math
 import pathlib
 import sys
 
@@ -131,7 +132,7 @@ def main() -> None:
 
 
 def save(found: compare.Comparison, path: pathlib.Path) -> None:
-    """Every number of every seed."""
+    """Every number of every seed; no conflicts where no task gradients were had."""
     content = {
         "config": found.config.to_dict(),
         "environment": report.environment(),
@@ -141,7 +142,10 @@ def save(found: compare.Comparison, path: pathlib.Path) -> None:
                 "chosen": result.chosen,
                 "test": [dict(outcome.test) for outcome in result.outcomes],
                 "step_seconds": [outcome.step_seconds for outcome in result.outcomes],
-                "conflict_rate": result.last("conflict_rate").tolist(),
+                "conflict_rate": [
+                    None if math.isnan(rate) else rate
+                    for rate in result.last("conflict_rate").tolist()
+                ],
             }
             for name, result in found.results.items()
         },

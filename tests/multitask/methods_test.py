@@ -68,3 +68,19 @@ def test_tuned_weights_are_never_worse_than_what_equal_ones_offer():
         equal, tuned = multitask.baselines(count, steps)
         names = [method.name for method in tuned.candidates]
         assert names[0] == equal.candidates[0].name and len(set(names)) == len(names)
+
+
+def test_only_tasks_with_rows_of_their_own_are_counted(problem, own_rows_problem):
+    method = multitask.aggregated("MGDA", aggregation.mgda)
+    assert method.make(problem, optax.sgd(1.0)).task_counts is None
+    made = method.make(own_rows_problem, optax.sgd(1.0))
+    rows = own_rows_problem.splits["train"]
+    counts = made.task_counts({name: x[:10] for name, x in rows.items()})
+    np.testing.assert_array_equal(counts, [8, 2])
+    plain = multitask.scalarised((1.0, 1.0)).make(own_rows_problem, optax.sgd(1.0))
+    assert plain.task_counts is None
+
+
+def test_two_batches_are_part_of_the_address():
+    one, two = (multitask.aggregated("MoDo", aggregation.modo, draws=n) for n in (1, 2))
+    assert (one.draws, two.draws) == (1, 2) and one.about != two.about

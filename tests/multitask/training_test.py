@@ -145,3 +145,13 @@ def test_measures_count_by_their_source(problem, tmp_path, quiet, monkeypatch):
 def test_reuse_of_what_does_not_exist(problem, quiet):
     with pytest.raises(ValueError, match="reuse is 'all', wanted one of"):
         bench(problem, None, quiet, reuse="all")
+
+
+def test_methods_that_compare_two_batches_are_trained(
+    own_rows_problem, tmp_path, quiet
+):
+    method = multitask.aggregated("MoDo", aggregation.modo, draws=2)
+    found = bench(own_rows_problem, tmp_path, quiet).run(method, 0)
+    assert np.isfinite(found.history["loss"]).all()
+    weights = [found.history[f"weight_{name}"][-1] for name in ("a", "b")]
+    assert sum(weights) == pytest.approx(1, abs=1e-5) and weights[0] != weights[1]
