@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from mtl_jax import aggregation
+from mtl_jax.transforms.aggregation import _fair_grad
+from mtl_jax.transforms.aggregation._cosine import cosine_gram
 
 
 @functools.cache
@@ -39,6 +41,42 @@ def test_solves_the_equations(alpha, count):
         w = weights(grads, alpha)
         assert (np.asarray(w) > 0).all()
         np.testing.assert_allclose(w, oracle(grads, alpha), rtol=5e-3)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0, 5.0])
+@pytest.mark.parametrize(("shared", "signs"), [(10, 1), (100, 1), (1, -1), (2, -1)])
+def test_strongly_correlated(alpha, shared, signs):
+    """As close as a Gramian of cosines that are off by the ridge and rounding allows.
+
+    With x = w norms, cosines off by r change the slopes in log w by r x[i] sum(x) at
+    most, and the Hessian there is `diag(w) G diag(w) + p diag(w^(1 - p))` or more.
+    """
+    rng = np.random.default_rng(0)
+    signs = np.array([1, signs] * 4)[:, None]
+    grads = rng.normal(size=(8, 12)) + shared * signs * rng.normal(size=12)
+    want, power = oracle(grads, alpha), 1 / alpha
+    x = want * np.linalg.norm(grads, axis=1)
+    off = 1e-6 + 10 * np.finfo(np.float32).eps
+    bound = off * np.linalg.norm(x) * x.sum() / (power * (want ** (1 - power)).min())
+    assert bound < 0.1
+    np.testing.assert_allclose(weights(grads, alpha), want, rtol=bound + 1e-6)
+
+
+def test_stationary_points(monkeypatch):
+    """Shares of hundreds, within the noise of cosines, and in no more than 6 steps."""
+    monkeypatch.setattr(_fair_grad, "_STEPS", 6)
+    grads = np.random.default_rng(0).normal(size=(8, 2))
+    gram = grads @ grads.T
+    split = cosine_gram("test", jnp.asarray(gram, jnp.float32))
+    x = np.asarray(_fair_grad.fair_shares(split, 1.0), float)
+    norms = np.sqrt(np.diag(gram))
+    matrix = gram / norms / norms[:, None] + (1e-6 + 8 * 2.0**-23) * np.eye(8)
+    want = np.ones(8)
+    for _ in range(100):
+        hessian = matrix + np.diag(want**-2.0)
+        step = -np.linalg.solve(hessian, matrix @ want - 1 / want)
+        want = want + min(1, 0.9 / max((-step / want).max(), 1e-30)) * step
+    np.testing.assert_allclose(x, want, rtol=0.15)
 
 
 @pytest.mark.parametrize("scale", [1e-15, 1e15])
