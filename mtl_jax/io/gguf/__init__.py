@@ -6,6 +6,7 @@ and their aligned little-endian bytes; a tensor's axes are listed fastest first.
 
 from mtl_jax.io.gguf._load import load, name_table
 from mtl_jax.io.gguf._reader import GgufFile
+from mtl_jax.io.gguf._tokenizer import special_tokens, tokenizer
 from mtl_jax.io.gguf._writer import save
 
-__all__ = ["GgufFile", "load", "name_table", "save"]
+__all__ = ["GgufFile", "load", "name_table", "save", "special_tokens", "tokenizer"]
