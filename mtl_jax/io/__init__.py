@@ -1,22 +1,29 @@
-"""Files: safetensors, pretrained checkpoints, trees of arrays, training checkpoints."""
+"""Files: safetensors, GGUF, pretrained checkpoints, tokenizers, trees, checkpoints."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mtl_jax.io import names, safetensors
+from mtl_jax.io import gguf, names, safetensors
+from mtl_jax.io.chat import ChatFormat, read_chat_format, render_chat
 from mtl_jax.io.params import digest, load_tree, save_tree
 from mtl_jax.io.pretrained import load_pretrained, read_config, save_pretrained
+from mtl_jax.io.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from mtl_jax.io import checkpoint
 
 __all__ = [
+    "ChatFormat",
     "checkpoint",
     "digest",
+    "gguf",
     "load_pretrained",
+    "load_tokenizer",
     "load_tree",
     "names",
+    "read_chat_format",
     "read_config",
+    "render_chat",
     "safetensors",
     "save_pretrained",
     "save_tree",

@@ -3,6 +3,7 @@
 from mtl_jax.io.names._bert import bert
 from mtl_jax.io.names._clip_vision import clip_vision
 from mtl_jax.io.names._gemma import gemma, gemma2
+from mtl_jax.io.names._gguf_llama import gguf_llama
 from mtl_jax.io.names._gpt2 import gpt2
 from mtl_jax.io.names._llama import llama
 from mtl_jax.io.names._olmoe import olmoe
@@ -17,6 +18,7 @@ __all__ = [
     "clip_vision",
     "gemma",
     "gemma2",
+    "gguf_llama",
     "gpt2",
     "llama",
     "olmoe",
