@@ -99,7 +99,6 @@ def test_sharded_is_unsharded(name):
         lambda: agg.moco(1, normalize=False, beta=1.0),
         lambda: agg.trimmed_mean(trim=0),
         lambda: agg.grad_drop(),
-        lambda: agg.nash_mtl(1, max_norm=0),
         lambda: agg.fair_grad(alpha=0),
         lambda: agg.modo(1),
         lambda: agg.sdm_grad(1),
