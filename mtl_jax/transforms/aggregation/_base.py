@@ -99,6 +99,7 @@ def from_gradients(
     update: Callable[..., tuple[Any, Any]],
     *,
     rule: Rule | None = None,
+    robust: bool = False,
 ) -> Aggregator:
     """Lifts a function of task gradients to a transformation that heads a chain.
 
@@ -108,6 +109,8 @@ def from_gradients(
       update: `update(task_grads, state, **extra) -> (updates, state)`, leaves [T, ...]
         in and [...] out.
       rule: see `Aggregator`.
+      robust: the method withstands infinite entries, so only its own updates are
+        looked at. Others become NaN where a task is NaN or infinite.
 
     Returns:
       An `Aggregator`; its update raises ValueError on leaves that do not lead with one
@@ -125,11 +128,20 @@ def from_gradients(
         return AggregationState(method=init(params), finite=jnp.asarray(True))
 
     def update_fn(updates, state, params=None, **extra):
-        check_task_grads(name, updates, params)
+        count = check_task_grads(name, updates, params)
         out, method = update(updates, state.method, **extra)
-        return out, AggregationState(method=method, finite=all_finite(updates))
+        if not robust:
+            # In the pass that forms `out`, not in one more over all gradients.
+            zero = tree.combine(updates, jnp.zeros(count))
+            out = jax.tree.map(_nan_unless_finite, out, zero)
+        return out, AggregationState(method=method, finite=all_finite(out))
 
     return Aggregator(init_fn, update_fn, rule)
+
+
+def _nan_unless_finite(out: chex.Array, zero: chex.Array) -> chex.Array:
+    """`out` where `zero`, its rows summed up times zero, is no NaN."""
+    return jnp.where(zero == 0, out, jnp.nan) if tree.is_inexact(out) else out
 
 
 def from_gramian(name: str, rule: Rule) -> Aggregator:

@@ -61,7 +61,8 @@ def trimmed_mean(*, trim: int = 1) -> Aggregator:
 
     Updates: leaves [T, ...] -> [...], computed in float32 and cast once. One read of
     the gradients: each value passes the b smallest and the b largest seen so far, and
-    the one that falls out is added. Nothing is sorted, and no extreme is ever summed.
+    the one that falls out is added. Nothing is sorted, and no extreme is ever summed:
+    up to b infinite values each way leave no trace, a NaN always does.
 
     Args:
       trim: b; wants T of `2 * trim + 1` or more.
@@ -96,4 +97,4 @@ def trimmed_mean(*, trim: int = 1) -> Aggregator:
 
         return jax.tree.map(leaf, task_grads), state
 
-    return from_gradients("trimmed_mean", lambda params: (), update)
+    return from_gradients("trimmed_mean", lambda params: (), update, robust=True)

@@ -36,6 +36,18 @@ def test_huge_and_infinite_extremes_leave_no_trace():
     assert update(grads.astype(np.float32), 2).tolist() == [2.0]
 
 
+@pytest.mark.parametrize(
+    ("value", "trim", "want"),
+    [(np.nan, 2, False), (np.inf, 1, True), (np.inf, 0, False), (1.0, 1, True)],
+)
+def test_flag_tells_whether_the_update_is_finite(value, trim, want):
+    grads = {"w": jnp.array([[1.0, 2.0]] * 4 + [[value, 3.0]])}
+    tx = aggregation.trimmed_mean(trim=trim)
+    out, state = tx.update(grads, tx.init({"w": jnp.zeros(2)}))
+    assert bool(state.finite) is want
+    assert bool(jnp.all(jnp.isfinite(out["w"]))) is want
+
+
 def test_sums_in_float32():
     grads = np.random.default_rng(0).normal(size=(9, 7)).astype(jnp.bfloat16)
     out = update(grads, 1)
