@@ -6,6 +6,12 @@ from mtl_jax.losses.classification import (
     softmax_cross_entropy,
     softmax_entropy,
 )
+from mtl_jax.losses.language import (
+    next_tokens,
+    segment_means,
+    token_cross_entropy,
+    weighted_mean,
+)
 from mtl_jax.losses.regression import absolute_error, huber, squared_error
 from mtl_jax.losses.saliency import (
     csa_loss,
@@ -19,11 +25,15 @@ __all__ = [
     "csa_loss",
     "huber",
     "kl_divergence",
+    "next_tokens",
     "rep_mtl_loss",
+    "segment_means",
     "sigmoid_cross_entropy",
     "softmax_cross_entropy",
     "softmax_entropy",
     "squared_error",
     "task_saliency",
+    "token_cross_entropy",
     "tsr_loss",
+    "weighted_mean",
 ]

@@ -9,7 +9,10 @@ from mtl_jax import models
 def test_every_name_builds_abstractly(name):
     module = models.build(name, **({"features": [4]} if name == "mlp" else {}))
     more = ()
-    if isinstance(module, models.Bert | models.SentenceEncoder):
+    if isinstance(module, models.Decoder):
+        module = module.clone(scan=True)  # Tracing 80 layers one by one takes long.
+        example = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    elif isinstance(module, models.Bert | models.SentenceEncoder):
         example = jax.ShapeDtypeStruct((1, 4), jnp.int32)
         more = (example,)
     elif isinstance(module, models.SmallConv):

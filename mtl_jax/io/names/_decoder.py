@@ -47,11 +47,12 @@ class DecoderTable(NameTable):
     """A `NameTable` whose file may hold several of our leaves in one tensor.
 
     Attributes:
-      group: foreign tensors -> tensors as the rules name them.
+      group: (foreign tensors, what an error begins with) -> tensors as the rules
+        name them.
       ungroup: the inverse, on what `NameTable.save` gives.
     """
 
-    group: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    group: Callable[[Mapping[str, Any], str], Mapping[str, Any]] | None = None
     ungroup: Callable[[dict[str, HostLeaf]], dict[str, HostLeaf]] | None = None
 
     def load(
@@ -70,10 +71,7 @@ class DecoderTable(NameTable):
             )
             table = dataclasses.replace(self, rules=rules)
         if self.group is not None:
-            try:
-                tensors = self.group(tensors)
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
+            tensors = self.group(tensors, where)
         return NameTable.load(table, tensors, like, where=where)
 
     def save(self, params: Any) -> dict[str, HostLeaf]:

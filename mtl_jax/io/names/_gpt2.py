@@ -54,24 +54,28 @@ _ACTIVATIONS = {
 }
 
 
-def _group(tensors):
+def _group(tensors, where):
     """Splits the fused projection."""
     readers = {}
     for name in tensors:
         if match := _FUSED.fullmatch(name):
             for number, part in enumerate(_PARTS):
                 readers[f"{match[1]}.{part}.{match[2]}"] = (
-                    lambda name=name, number=number: _third(name, tensors[name], number)
+                    lambda name=name, number=number: _third(
+                        where, name, tensors[name], number
+                    )
                 )
         else:
             readers[name] = lambda name=name: tensors[name]
     return LazyTensors(readers)
 
 
-def _third(name, array, number):
+def _third(where, name, array, number):
     width, rest = divmod(array.shape[-1], 3)
     if rest:
-        raise ValueError(f"{name!r} is {array.shape}, wanted three parts of one width")
+        raise ValueError(
+            f"{where}: {name!r} is {array.shape}, wanted three parts of one width"
+        )
     return array[..., number * width : (number + 1) * width]
 
 

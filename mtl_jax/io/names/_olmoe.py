@@ -34,7 +34,7 @@ def _options(config):
     }
 
 
-def _group(tensors):
+def _group(tensors, where):
     """Stacks the experts of every layer."""
     readers, stacks = {}, {}
     for name in tensors:
@@ -45,9 +45,8 @@ def _group(tensors):
             readers[name] = lambda name=name: tensors[name]
     for whole, names in stacks.items():
         if sorted(names) != list(range(len(names))):
-            raise ValueError(
-                f"experts of {whole!r} have a gap: {', '.join(map(str, sorted(names)))}"
-            )
+            numbers = ", ".join(map(str, sorted(names)))
+            raise ValueError(f"{where}: experts of {whole!r} have a gap: {numbers}")
         readers[whole] = lambda names=names: np.stack(
             [tensors[names[e]] for e in range(len(names))]
         )
@@ -55,12 +54,21 @@ def _group(tensors):
 
 
 def _ungroup(tensors):
-    out = {}
+    out, last = {}, {}
+
+    def expert(name, leaf, e):
+        if name not in last:  # Experts are written one after the other.
+            last.clear()
+            last[name] = leaf.read()
+        return last[name][e]
+
     for name, leaf in tensors.items():
         if match := _STACK.fullmatch(name):
             for e in range(leaf.shape[0]):
                 out[f"{match[1]}.{e}.{match[2]}"] = HostLeaf(
-                    leaf.shape[1:], leaf.dtype, lambda leaf=leaf, e=e: leaf.read()[e]
+                    leaf.shape[1:],
+                    leaf.dtype,
+                    lambda name=name, leaf=leaf, e=e: expert(name, leaf, e),
                 )
         else:
             out[name] = leaf

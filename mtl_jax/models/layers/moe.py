@@ -56,6 +56,9 @@ def apply_experts(
             f"apply_experts: implementation must be one of {IMPLEMENTATIONS}, is "
             f"{implementation!r}"
         )
+    x, weights, experts, kernels = jax.tree.map(
+        jnp.asarray, (x, weights, experts, kernels)
+    )
     size, blocks = _block_sizes(experts.size, len(kernels.gate))
     if implementation is None:
         cheaper = 2 * size * blocks <= len(x) * len(kernels.gate)

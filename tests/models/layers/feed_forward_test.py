@@ -44,3 +44,30 @@ def test_two_dense_layers_around_the_activation():
     hidden = np.maximum(np.asarray(x) @ p["in"]["kernel"] + p["in"]["bias"], 0)
     want = hidden @ p["out"]["kernel"] + p["out"]["bias"]
     np.testing.assert_allclose(module.apply(variables, x), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_gated_block_is_the_formula(use_bias):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, 4)).astype(np.float32)
+    module = layers.GatedFeedForward(6, "silu", use_bias=use_bias)
+    like = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
+    params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), like)
+    assert ("bias" in params["gate"]) == use_bias
+
+    def dense(name, y):
+        return y @ params[name]["kernel"] + params[name].get("bias", 0)
+
+    gate = dense("gate", x.astype(np.float64))
+    want = dense("out", gate / (1 + np.exp(-gate)) * dense("in", x))
+    np.testing.assert_allclose(module.apply({"params": params}, x), want, atol=1e-5)
+
+
+def test_plain_block_may_go_without_biases():
+    x = jnp.ones((1, 4))
+    module = layers.FeedForward(6, use_bias=False)
+    params = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
+    assert jax.tree.map(jnp.shape, params) == {
+        "in": {"kernel": (4, 6)},
+        "out": {"kernel": (6, 4)},
+    }

@@ -137,6 +137,68 @@ def test_collections_beside_params_reach_every_scanned_layer(fill):
     assert not np.allclose(base[2], second[2])
 
 
+class Recorder(nn.Module):
+    """Multiplies, and writes what came in to its place in the cache."""
+
+    @nn.compact
+    def __call__(self, x, shared, own, cache, layer):
+        gain = self.param("gain", nn.initializers.ones, (), jnp.float32)
+        if cache is not None and layer is None:
+            cache = {"seen": x + cache["seen"]}
+        elif cache is not None:
+            seen = x + cache["seen"][layer]
+            cache = {"seen": cache["seen"].at[layer].set(seen)}
+        return x * gain * shared + own["shift"], cache
+
+
+class Recorders(nn.Module):
+    scan: bool
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x, shared, own, cache=None):
+        return models.layers.run_layers(
+            lambda name: Recorder(name=name),
+            3,
+            x,
+            shared,
+            own=own,
+            cache=cache,
+            scan=self.scan,
+            remat=self.remat,
+            collect=True,
+        )
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("remat", [False, True])
+def test_layers_get_their_own_inputs_and_write_their_own_cache(scan, remat):
+    x, shared = jnp.array([[1.0]]), jnp.float32(2)
+    own = {"shift": jnp.array([0.5, 0.25, 0.125])}
+    gains = [3.0, 5.0, 7.0]
+    params = {f"layers_{i}": {"gain": jnp.float32(g)} for i, g in enumerate(gains)}
+    cache = {f"layers_{i}": {"seen": jnp.full((1, 1), 100.0)} for i in range(3)}
+    if scan:
+        params = models.stack_layers(params)
+        cache = models.stack_layers(cache)
+    module = Recorders(scan, remat)
+    y, written, outputs = module.apply({"params": params}, x, shared, own, cache)
+    want, seen = [1.0], []
+    for gain, shift in zip(gains, (0.5, 0.25, 0.125), strict=True):
+        seen.append(100 + want[-1])
+        want.append(want[-1] * gain * 2 + shift)
+    np.testing.assert_allclose(y, [[want[-1]]])
+    np.testing.assert_allclose(np.ravel(jnp.stack(outputs)), want[1:])
+    assert jax.tree.structure(written) == jax.tree.structure(cache)
+    written = models.unstack_layers(written) if scan else written
+    found = [written[f"layers_{i}"]["seen"].item() for i in range(3)]
+    np.testing.assert_allclose(found, seen)
+    same, nothing, _ = module.apply({"params": params}, x, shared, own)
+    np.testing.assert_array_equal(same, y)
+    assert nothing is None
+
+
 @pytest.mark.fast
 def test_stack_layers_refuses_gaps_and_absence():
     leaf = {"w": jnp.zeros(2)}

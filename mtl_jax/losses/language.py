@@ -1,0 +1,196 @@
+"""Losses of language models: one value per token, never all logits at once."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+
+def token_cross_entropy(
+    hidden: chex.Array,
+    kernel: chex.Array,
+    labels: chex.Array,
+    weights: chex.Array | None = None,
+    *,
+    chunk: int = 128,
+    softcap: float | None = None,
+) -> chex.Array:
+    """`-w log softmax(hidden kernel)[label]` of every token.
+
+    The logits of `chunk` positions exist at a time, [B, chunk, V] float32; the
+    backward pass makes them again.
+
+    Args:
+      hidden: [B, L, D], what the head takes (`head=False` of `models.Decoder`).
+      kernel: [D, V]; of a tied head the transposed word embedding.
+      labels: [B, L] integer; not read where the weight is 0.
+      weights: [B, L] real, or None for ones.
+      chunk: positions at a time.
+      softcap: c, logits become `c tanh(logits / c)`; None = as they are.
+
+    Returns:
+      [B, L] float32. A label outside [0, V) costs +inf: it is an error in the data
+      and must not pass unseen.
+
+    Raises:
+      ValueError: if shapes or dtypes do not fit.
+
+    >>> token_cross_entropy(jnp.zeros((1, 2, 3)), jnp.zeros((3, 4)),
+    ...                     jnp.array([[1, 2]]), jnp.array([[1.0, 0.0]])).round(4)
+    Array([[1.3863, 0.    ]], dtype=float32)
+    """
+    _check(hidden, kernel, labels, weights)
+    if chunk < 1:
+        raise ValueError(f"token_cross_entropy: chunk must be 1 or more, is {chunk}")
+    kernel = kernel.astype(hidden.dtype)
+    length = labels.shape[1]
+    chunk = min(chunk, length) or 1
+    chunks = -(-length // chunk)
+
+    def cut(x):
+        """[B, L, ...] -> [chunks, B, chunk, ...], zeros at the end."""
+        pad = [(0, 0)] * x.ndim
+        pad[1] = (0, chunks * chunk - length)
+        x = jnp.pad(x, pad).reshape(x.shape[0], chunks, chunk, *x.shape[2:])
+        return jnp.moveaxis(x, 1, 0)
+
+    @jax.checkpoint
+    def one(part):
+        return _cross_entropy(*part, kernel, softcap)
+
+    losses = jax.lax.map(one, (cut(hidden), cut(labels)))
+    losses = jnp.moveaxis(losses, 0, 1).reshape(len(labels), -1)[:, :length]
+    if weights is None:
+        return losses
+    weights = weights.astype(jnp.float32)
+    return jnp.where(weights == 0, 0, losses) * weights
+
+
+def next_tokens(
+    input_ids: chex.Array, segment_ids: chex.Array | None = None
+) -> tuple[chex.Array, chex.Array]:
+    """What each token has to predict: the next one of its segment.
+
+    Args:
+      input_ids: [B, L] integer.
+      segment_ids: [B, L] integer, 0 = padding; None = one segment per row.
+
+    Returns:
+      (labels [B, L], weights [B, L] float32: 0 for padding and for the last token of
+      a segment, 1 otherwise).
+
+    Raises:
+      ValueError: if the shapes differ.
+
+    >>> labels, weights = next_tokens(jnp.array([[5, 6, 7, 8]]),
+    ...                               jnp.array([[1, 1, 2, 2]]))
+    >>> labels, weights
+    (Array([[6, 7, 8, 0]], dtype=int32), Array([[1., 0., 1., 0.]], dtype=float32))
+    """
+    if segment_ids is None:
+        segment_ids = jnp.ones(input_ids.shape, jnp.int32)
+    if segment_ids.shape != input_ids.shape:
+        raise ValueError(
+            f"next_tokens: segment_ids are {segment_ids.shape}, input_ids "
+            f"{input_ids.shape}"
+        )
+    ahead = ((0, 0), (0, 1))
+    labels = jnp.pad(input_ids[:, 1:], ahead)
+    same = segment_ids[:, 1:] == segment_ids[:, :-1]
+    same = jnp.pad(same & (segment_ids[:, 1:] != 0), ahead)
+    return labels, same.astype(jnp.float32)
+
+
+def weighted_mean(losses: chex.Array, weights: chex.Array) -> chex.Array:
+    """`sum(losses) / sum(weights)` for losses that carry their weights; 0 without any.
+
+    Args:
+      losses: [...] as `token_cross_entropy` weights them.
+      weights: [...] real.
+
+    Returns:
+      float32 scalar.
+    """
+    total = jnp.sum(weights.astype(jnp.float32))
+    return jnp.sum(losses) / jnp.where(total == 0, 1, total)
+
+
+def segment_means(
+    losses: chex.Array,
+    weights: chex.Array,
+    segment_ids: chex.Array,
+    num_segments: int,
+) -> chex.Array:
+    """`weighted_mean` of every segment of every row.
+
+    Args:
+      losses: [B, L] as `token_cross_entropy` weights them.
+      weights: [B, L] real.
+      segment_ids: [B, L] integer, 0 = padding, 1 ... `num_segments`.
+      num_segments: N.
+
+    Returns:
+      [B, N] float32, column n - 1 for segment n; 0 without any weight.
+
+    Raises:
+      ValueError: if the shapes differ.
+
+    >>> segment_means(jnp.array([[1.0, 3.0, 5.0]]), jnp.ones((1, 3)),
+    ...               jnp.array([[1, 1, 2]]), 2)
+    Array([[2., 5.]], dtype=float32)
+    """
+    if not losses.shape == weights.shape == segment_ids.shape:
+        raise ValueError(
+            f"segment_means: losses are {losses.shape}, weights {weights.shape}, "
+            f"segment_ids {segment_ids.shape}"
+        )
+    numbers = jnp.arange(1, num_segments + 1, dtype=segment_ids.dtype)
+    member = segment_ids[:, :, None] == numbers[None, None]
+
+    def sums(x):
+        x = x.astype(jnp.float32)[:, :, None]
+        return jnp.sum(jnp.where(member, x, 0), axis=1)
+
+    total = sums(weights)
+    return sums(losses) / jnp.where(total == 0, 1, total)
+
+
+def _cross_entropy(hidden, labels, kernel, softcap):
+    """[B, c, D], [B, c] -> [B, c]."""
+    logits = jnp.einsum(
+        "bld,dv->blv", hidden, kernel, preferred_element_type=jnp.float32
+    )
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    words = jax.lax.broadcasted_iota(labels.dtype, logits.shape, 2)
+    hit = words == labels[..., None]
+    loss = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(
+        jnp.where(hit, logits, 0), axis=-1
+    )
+    known = (labels >= 0) & (labels < logits.shape[-1])
+    return jnp.where(known, loss, jnp.inf)
+
+
+def _check(hidden, kernel, labels, weights):
+    if hidden.ndim != 3 or kernel.ndim != 2 or hidden.shape[-1] != kernel.shape[0]:
+        raise ValueError(
+            f"token_cross_entropy: wanted hidden [B, L, D] and kernel [D, V], found "
+            f"{hidden.shape} and {kernel.shape}"
+        )
+    arrays = (
+        {"labels": labels}
+        if weights is None
+        else {
+            "labels": labels,
+            "weights": weights,
+        }
+    )
+    for name, array in arrays.items():
+        if array.shape != hidden.shape[:2]:
+            raise ValueError(
+                f"token_cross_entropy: {name} are {array.shape}, wanted "
+                f"{hidden.shape[:2]}"
+            )
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(
+            f"token_cross_entropy: labels must be integers, are {labels.dtype}"
+        )
