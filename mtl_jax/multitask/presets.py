@@ -34,14 +34,14 @@ def schools(*, steps: int = 300) -> tuple[Part, Part, Part]:
 
 
 def texts(*, steps: int = 100) -> tuple[Part, Part, Part]:
-    """Six text tasks, each on texts of its own, MiniLM with its embeddings frozen."""
+    """Six text tasks, each on texts of its own; the upper two layers of MiniLM."""
     problem = {
         "name": "text_six",
         "train": 600,
         "validation": 64,
         "test": 128,
         "pretrained": "minilm",
-        "frozen": ("(^|/)embeddings/",),
+        "frozen": ("(^|/)embeddings/", "(^|/)layers_[0-3]/"),
     }
     backbone = {"model": "sentence-minilm-l6"}
     training = _training(steps, 24, 1e-4)
