@@ -4,6 +4,7 @@ from mtl_jax.zoo.clip import clip, require_weights
 from mtl_jax.zoo.encoders import Encoder, class_means, minilm, small_vit
 from mtl_jax.zoo.evaluate import Evaluator
 from mtl_jax.zoo.experts import Settings, Zoo, logits_fn, open_zoo, trainable
+from mtl_jax.zoo.language import LanguageModel, open_gguf, smollm2
 from mtl_jax.zoo.rows import (
     PostHoc,
     Row,
@@ -20,6 +21,7 @@ from mtl_jax.zoo.world import world
 __all__ = [
     "Encoder",
     "Evaluator",
+    "LanguageModel",
     "PostHoc",
     "Row",
     "Settings",
@@ -35,9 +37,11 @@ __all__ = [
     "logits_fn",
     "make_task",
     "minilm",
+    "open_gguf",
     "open_zoo",
     "require_weights",
     "small_vit",
+    "smollm2",
     "task_delta",
     "trainable",
     "world",
