@@ -55,7 +55,8 @@ def token_cross_entropy(
 
     @jax.checkpoint
     def one(part):
-        return _cross_entropy(*part, kernel, softcap)
+        hidden, labels = part
+        return _cross_entropy(hidden, labels, kernel, softcap)
 
     losses = jax.lax.map(one, (cut(hidden), cut(labels)))
     losses = jnp.moveaxis(losses, 0, 1).reshape(len(labels), -1)[:, :length]

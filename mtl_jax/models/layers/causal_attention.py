@@ -147,17 +147,22 @@ def grouped_attend(
     Transformer Models from Multi-Head Checkpoints".
     """
     batch, length, heads, dim = query.shape
-    shared = key.shape[2]
-    query = query.reshape(batch, length, shared, heads // shared, dim)
+    shared, group = key.shape[2], heads // key.shape[2]
+    # The small arrays are transposed, so that the large logits need not be.
+    query = query.reshape(batch, length, shared, group, dim)
+    query = query.transpose(0, 2, 3, 1, 4).reshape(batch, shared, -1, dim)
+    key, value = (x.transpose(0, 2, 1, 3) for x in (key, value))
     logits = scale * jnp.einsum(
-        "blkgd,bskd->bkgls", query, key, preferred_element_type=jnp.float32
+        "bkqd,bksd->bkqs", query, key, preferred_element_type=jnp.float32
     )
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
-    logits = jnp.where(mask[:, None, None], logits, _MASKED)
+    grouped = (batch, shared, group, length, -1)
+    logits = jnp.where(mask[:, None, None], logits.reshape(grouped), _MASKED)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    out = jnp.einsum("bkgls,bskd->blkgd", weights, value)
-    return out.reshape(batch, length, heads, dim)
+    weights = weights.reshape(batch, shared, group * length, -1)
+    out = jnp.einsum("bkqs,bksd->bkqd", weights, value).reshape(grouped)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, dim)
 
 
 class Heads(nn.Module):

@@ -35,18 +35,21 @@ class DecoderBlock(nn.Module):
         layer: chex.Array | None,
     ) -> tuple[chex.Array, dict[str, chex.Array] | None]:
         """Args: see `run_layers`. Returns: ([B, L, D], the new cache)."""
+        buffers = None
         if cache is not None:
-            cache = LayerCache(cache["key"], cache["value"], layer)
-        y, cache = self.attention(name="attention")(
+            buffers = LayerCache(cache["key"], cache["value"], layer)
+        y, buffers = self.attention(name="attention")(
             self.norm(name="norm_attention")(x),
             context,
             window=own.get("window"),
             prefix=own.get("prefix"),
-            cache=cache,
+            cache=buffers,
         )
         x = x + (self.norm(name="norm_attention_out")(y) if self.post_norms else y)
         y = self.norm(name="norm_mlp")(x)
         routing = (own["routing"],) if "routing" in own else ()
         y = self.mlp(name="mlp")(y, *routing)
         x = x + (self.norm(name="norm_mlp_out")(y) if self.post_norms else y)
-        return x, None if cache is None else {"key": cache.key, "value": cache.value}
+        if buffers is None:
+            return x, None
+        return x, {"key": buffers.key, "value": buffers.value}

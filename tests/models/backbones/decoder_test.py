@@ -1,4 +1,5 @@
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -143,13 +144,14 @@ def test_packing_does_not_leak(fill, family, scan):
     params = models.stack_layers(params) if scan else params
     module = tiny(family, scan=scan)
     packed = run(module, params, IDS, SEGMENTS)
-    for b in range(2):
-        for number in (1, 2):
-            own = SEGMENTS[b] == number
-            alone = np.zeros((1, 7), np.int32)
-            alone[0, : own.sum()] = IDS[b, own]
-            want = run(module, params, alone)[0, : own.sum()]
-            np.testing.assert_allclose(packed[b, own], want, atol=2e-5, rtol=1e-5)
+    places = [(b, SEGMENTS[b] == number) for b in range(2) for number in (1, 2)]
+    rows = np.zeros((4, 7), np.int32)
+    for n, (b, own) in enumerate(places):
+        rows[n, : own.sum()] = IDS[b, own]
+    alone = run(module, params, rows)
+    for n, (b, own) in enumerate(places):
+        want = alone[n, : own.sum()]
+        np.testing.assert_allclose(packed[b, own], want, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -194,7 +196,8 @@ def test_bf16_compute_keeps_float32_params_and_logits(fill, family):
     module = tiny(family, dtype=jnp.bfloat16)
     got = run(module, params, IDS)
     assert got.dtype == jnp.float32
-    assert run(module, params, IDS, head=False).dtype == jnp.bfloat16
+    hidden = functools.partial(module.apply, head=False)
+    assert jax.eval_shape(hidden, {"params": params}, IDS).dtype == jnp.bfloat16
     kinds = jax.eval_shape(module.init, jax.random.key(0), IDS)
     assert {x.dtype for x in jax.tree.leaves(kinds)} == {jnp.dtype(jnp.float32)}
     want = np.asarray(run(tiny(family), params, IDS))
@@ -357,20 +360,47 @@ def test_routing_is_seen_and_overridden_layer_by_layer(fill, scan):
     assert not np.allclose(got[:, -1], logits[:, -1])
 
 
+def rule_of(path, leaf, rules):
+    found = next((rule for rule in rules if re.search(rule[0], path)), None)
+    assert found is not None, path
+    assert len(found[1]) <= leaf.ndim, path
+    return found
+
+
 def place(mesh, params, rules):
-    import re
-
-    def spec(path, leaf):
-        found = next((s for regex, s in rules if re.search(regex, path)), None)
-        assert found is not None, path
-        assert len(found) <= leaf.ndim, path
-        return NamedSharding(mesh, found)
-
-    return tree.map_with_path(spec, params)
+    return tree.map_with_path(
+        lambda path, x: NamedSharding(mesh, rule_of(path, x, rules)[1]), params
+    )
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "olmoe", "olmoe-expert"])
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.fast
+def test_rules_cover_every_leaf_and_each_is_used():
+    rules = decoder.SHARDING_RULES
+    used = set()
+    for family in FAMILIES:
+        for scan in (False, True):
+            module = tiny(family, scan=scan)
+            params = jax.eval_shape(module.init, jax.random.key(0), IDS)["params"]
+            tree.map_with_path(
+                lambda path, x: used.add(rule_of(path, x, rules)[0]), params
+            )
+    biases = {regex for regex, _ in rules if "mlp/gate/bias" in regex}
+    assert used == {regex for regex, _ in rules} - biases
+    cache = models.init_cache(tiny(scan=True), 2, 4), models.init_cache(tiny(), 2, 4)
+    found = [
+        tree.map_with_path(
+            lambda path, x: rule_of(path, x, decoder.CACHE_RULES)[0], part
+        )
+        for part in cache
+    ]
+    assert set(jax.tree.leaves(found)) == {regex for regex, _ in decoder.CACHE_RULES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "scan"),
+    [("llama", True), ("gpt2", False), ("olmoe", False), ("olmoe-expert", True)],
+)
 def test_sharded_equals_unsharded(fill, family, scan):
     family, _, expert = family.partition("-")
     module = tiny(family, vocab_size=16, scan=scan)
