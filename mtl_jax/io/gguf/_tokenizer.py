@@ -58,9 +58,10 @@ def tokenizer(file: GgufFile) -> "tokenizers.Tokenizer":
 
     **Differs**: a byte that a "gpt2" vocabulary lacks becomes its unknown token,
     where it has one; llama.cpp and transformers drop the byte. In a "llama"
-    vocabulary each stretch of text between special tokens gets its own space in
-    front, as in llama.cpp and the published `tokenizer.json` of Llama 2;
-    transformers gives one to the first stretch only.
+    vocabulary each stretch of text between special tokens gets a space in front, as
+    in llama.cpp and the published `tokenizer.json` of Llama 2; transformers gives one
+    to the first stretch only, and only where none is there. It also reads neither
+    `add_space_prefix` nor that "smollm" and its like split off single digits.
     """
     vocabulary = _Vocabulary(file)
     if vocabulary.kind == "gpt2":

@@ -281,6 +281,19 @@ def test_reading_into_an_array_equals_reading(tmp_path, monkeypatch, name, shape
         file.read_into("t", np.zeros(3))
 
 
+def test_files_that_cannot_be_mapped_read_their_ranges(tmp_path):
+    data = np.random.default_rng(0).integers(0, 60, 96).astype(np.uint8).tobytes()
+    tensors = [tensor("a", (32, 2), 3), tensor("b", (2, 4), 0, 64)]
+    raw = file_of(tensors=tensors, data=data)
+    mapped, file = opened(tmp_path, raw), opened(tmp_path, raw)
+    file._map = None
+    for name in mapped:
+        np.testing.assert_array_equal(file[name], mapped[name])
+        out = np.empty(file.shape(name), np.float32)
+        file.read_into(name, out)
+        np.testing.assert_array_equal(out, mapped[name])
+
+
 def test_reading_into_an_array_needs_little_beside_it(tmp_path):
     shape, kind = (2048, 4096), _blocks.TYPES["Q4_1"]
     data = bytes(2048 * 4096 // kind.values * kind.size)

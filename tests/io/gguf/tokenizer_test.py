@@ -268,6 +268,34 @@ def test_special_tokens_by_role(tmp_path):
     }
 
 
+@pytest.mark.reference
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("vocabulary", "alphabet"),
+    [
+        (sentencepiece(), "abc é"),
+        (byte_level(add_bos_token=False), "hello wr12'st.\n"),
+        (byte_level(pre="llama-bpe", add_bos_token=True), "hello wr12'st.\n"),
+        (byte_level(pre="qwen2"), "hello wr12'st.\n"),
+    ],
+    ids=["sentencepiece", "gpt-2", "llama-bpe", "qwen2"],
+)
+def test_transformers_gives_the_same_numbers(tmp_path, vocabulary, alphabet):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("gguf")
+    named = {f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()}
+    gguf.save(tmp_path / "x.gguf", {}, {"general.architecture": "llama", **named})
+    peer = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="x.gguf")
+    ours = gguf.tokenizer(gguf.GgufFile(tmp_path / "x.gguf"))
+    rng = np.random.default_rng(0)
+    for length in range(60):
+        # Its sentencepiece puts no space in front of one.
+        text = "".join(rng.choice(list(alphabet), length)).lstrip()
+        assert ours.encode(text).ids == peer(text).input_ids, repr(text)
+        plain = ours.encode(text, add_special_tokens=False).ids
+        assert ours.decode(plain) == peer.decode(plain), repr(text)
+
+
 def without(vocabulary, key):
     return {k: v for k, v in vocabulary.items() if k != key}
 
