@@ -22,8 +22,9 @@ def name_table(file: GgufFile) -> NameTable:
       A table for `load`; it keeps no tensor.
 
     Raises:
-      ValueError: for an architecture or metadata that no backbone can express, or an
-        embedding that has another number of rows than the vocabulary.
+      ValueError: for an architecture or metadata that no backbone can express, an
+        embedding that has another number of rows than the vocabulary, or another
+        number of blocks.
     """
     factors = file.get("rope_freqs.weight")
     try:
@@ -32,9 +33,16 @@ def name_table(file: GgufFile) -> NameTable:
         )
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from error
+    depth = table.options(file.metadata)["depth"]
+    blocks = {name.split(".")[1] for name in file if name.startswith("blk.")}
+    if blocks != {str(i) for i in range(min(depth, len(blocks) + 1))}:
+        raise ValueError(
+            f"{file.path}: the metadata has {depth} blocks, the tensors are of "
+            f"{len(blocks)}"
+        )
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     rows = file.shape("token_embd.weight")[0] if "token_embd.weight" in file else None
-    if tokens is not None and rows is not None and len(tokens) != rows:
+    if isinstance(tokens, list) and rows is not None and len(tokens) != rows:
         raise ValueError(
             f"{file.path}: the vocabulary has {len(tokens)} tokens, "
             f"'token_embd.weight' {rows} rows"

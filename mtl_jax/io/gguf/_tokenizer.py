@@ -93,8 +93,8 @@ class _Vocabulary:
     def __init__(self, file: GgufFile):
         self._file = file
         self.kind = self.get("model")
-        if self.kind is None:
-            raise self.fault(f"metadata lacks {_KEY}model: there is no vocabulary")
+        if not isinstance(self.kind, str):
+            raise self.fault(f"{_KEY}model is {self.kind!r}: there is no vocabulary")
         self.tokens = self.strings("tokens")
         self.ids = {token: i for i, token in enumerate(self.tokens)}
         if len(self.ids) != len(self.tokens):
@@ -155,7 +155,7 @@ def _byte_level(vocabulary):
     from tokenizers import decoders, models, normalizers, pre_tokenizers
 
     name = vocabulary.get("pre")
-    if name not in _PRE:
+    if not isinstance(name, str) or name not in _PRE:
         raise vocabulary.fault(
             f"{_KEY}pre={name!r} is not supported, only {', '.join(map(repr, _PRE))}"
         )

@@ -127,7 +127,7 @@ def gguf_llama(
 
 def _options(metadata, tied, rope_factors):
     architecture = metadata.get("general.architecture")
-    if architecture not in _ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
         raise ValueError(
             f"names.gguf_llama: general.architecture={architecture!r} is not "
             f"supported, only {', '.join(map(repr, _ARCHITECTURES))}"
@@ -141,9 +141,11 @@ def _options(metadata, tied, rope_factors):
     config.require("attention.value_length", head_dim, default=head_dim)
     config.require("rope.dimension_count", head_dim, default=head_dim)
     tokens = metadata.get("tokenizer.ggml.tokens")
-    base = float(config.take("rope.freq_base", 10_000.0))
+    base = float(config.take("rope.freq_base", 10_000.0, kind=int | float))
     return {
-        "vocab_size": config.take("vocab_size", tokens and len(tokens)),
+        "vocab_size": config.take(
+            "vocab_size", len(tokens) if isinstance(tokens, list) else None
+        ),
         "width": width,
         "depth": config.take("block_count"),
         "num_heads": heads,
@@ -152,7 +154,7 @@ def _options(metadata, tied, rope_factors):
         "mlp_dim": config.take("feed_forward_length"),
         "max_positions": config.take("context_length"),
         # Stored as float32: the shortest decimal that means it is what was meant.
-        "norm_eps": float(str(np.float32(config.take(_EPSILON)))),
+        "norm_eps": float(str(np.float32(config.take(_EPSILON, kind=float)))),
         "rotary_base": base,
         "rotary_scaling": _scaling(config, rope_factors, head_dim, base),
         "qkv_bias": architecture == "qwen2",
@@ -180,30 +182,32 @@ class _Config:
             f"supported{hint}"
         )
 
-    def take(self, key, default=None):
-        """A positive number."""
+    def take(self, key, default=None, kind=int):
+        """A positive number, a whole one by default."""
         value = self.values.get(key, default)
         if value is None:
             raise ValueError(f"names.gguf_llama: metadata lacks {self.prefix}{key}")
-        plain = isinstance(value, int | float) and not isinstance(value, bool)
+        plain = isinstance(value, kind) and not isinstance(value, bool)
         if not plain or not 0 < value < float("inf"):
             raise self.refusal(key, ", only one positive number for all layers")
         return value
 
     def require(self, key, wanted, *, default):
-        if self.values.get(key, default) != wanted:
+        found = self.values.get(key, default)
+        if not isinstance(found, int | float | str) or found != wanted:
             raise self.refusal(key, f", only {wanted}")
 
 
 def _scaling(config, factors, head_dim, base):
     """Stretched frequencies, as metadata or a tensor of divisors states them."""
     kind = config.values.get("rope.scaling.type", "none")
-    if kind not in ("none", "linear"):
+    if not isinstance(kind, str) or kind not in ("none", "linear"):
         raise config.refusal("rope.scaling.type", ", only 'none' and 'linear'")
     if factors is None or (np.asarray(factors) == 1).all():
         if kind == "none":
             return None
-        return {"type": "linear", "factor": float(config.take("rope.scaling.factor"))}
+        factor = config.take("rope.scaling.factor", kind=int | float)
+        return {"type": "linear", "factor": float(factor)}
     factors = np.asarray(factors, np.float64)
     factor = round(float(factors.max()), 4)
     # Only the divisors are in the file: the ends of Llama 3's blend are published.

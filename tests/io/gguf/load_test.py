@@ -101,6 +101,10 @@ def test_faults_name_the_file(tmp_path):
     gguf.save(path, tensors, {"general.architecture": "mamba"})
     with pytest.raises(ValueError, match=r"x\.gguf: names\.gguf_llama: .*'mamba'"):
         gguf.load(path)
+    for depth in (1, 3, 2**31):
+        gguf.save(path, tensors, {**config, "llama.block_count": depth})
+        with pytest.raises(ValueError, match=rf"has {depth} blocks, the .* of 2"):
+            gguf.load(path)
     del tensors["blk.1.ffn_up.weight"]
     gguf.save(path, tensors, config)
     with pytest.raises(ValueError, match=r"gguf\.load: .*missing: 'blk\.1\.ffn_up"):

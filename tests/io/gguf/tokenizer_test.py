@@ -301,7 +301,9 @@ def without(vocabulary, key):
 
 
 FAULTS = {
-    "nothing": ({}, "metadata lacks tokenizer.ggml.model"),
+    "nothing": ({}, "tokenizer.ggml.model is None: there is no vocabulary"),
+    "kind is a list": (byte_level(model=["a"]), "model is .'a'.: there is no vocab"),
+    "pre is a list": (byte_level(pre=["a"]), "pre=.'a'. is not supported"),
     "kind": (byte_level(model="bert"), "model='bert' is not supported, only 'gpt2', "),
     "no tokens": (without(byte_level(), "tokens"), "tokens is missing or no list of s"),
     "numbers": (byte_level(tokens=np.arange(3)), "tokens is missing or no list of st"),

@@ -185,6 +185,8 @@ def test_divisors_of_the_frequencies_become_the_scaling_of_llama_3(factor):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"block_count": 2.0}, "block_count=2.0 is not supported, only one positive"),
+        ({"attention__layer_norm_rms_epsilon": float("nan")}, "epsilon=nan is not"),
         ({"block_count": None}, "metadata lacks llama.block_count"),
         ({"embedding_length": 0}, "embedding_length=0 is not supported"),
         ({"attention__head_count": np.array([2, 4])}, "only one positive number"),
@@ -195,6 +197,8 @@ def test_divisors_of_the_frequencies_become_the_scaling_of_llama_3(factor):
         ({"expert_count": 8}, "expert_count=8 is not supported"),
         ({"rope__scaling__type": "yarn"}, "scaling.type='yarn' is not supported"),
         ({"rope__scaling__type": "linear"}, "lacks llama.rope.scaling.factor"),
+        ({"rope__scaling__type": np.ones(2)}, "scaling.type=.* is not supported"),
+        ({"expert_count": np.array([0, 0])}, "expert_count=.* is not supported"),
         ({"logit_scale": 2.0}, "llama.logit_scale=2.0 is not supported"),
         ({"vocab_size": None}, "metadata lacks llama.vocab_size"),
     ],
@@ -206,7 +210,8 @@ def test_metadata_is_read_strictly(changes, message):
 
 @pytest.mark.fast
 def test_other_architectures_are_refused():
-    for config in ({}, {"general.architecture": "rwkv"}):
+    for name in (None, "rwkv", ["llama"], np.ones(2)):
+        config = {"general.architecture": name}
         with pytest.raises(ValueError, match="only 'llama', 'qwen2', 'qwen3'"):
             gguf_llama(config, tied=True)
 
