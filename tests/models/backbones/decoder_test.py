@@ -373,7 +373,6 @@ def place(mesh, params, rules):
     )
 
 
-@pytest.mark.fast
 def test_rules_cover_every_leaf_and_each_is_used():
     rules = decoder.SHARDING_RULES
     used = set()
