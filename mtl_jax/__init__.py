@@ -14,6 +14,7 @@ _NAMESPACES = {
     "bilevel": "mtl_jax.transforms.bilevel",
     "catalog": "mtl_jax.catalog",
     "data": "mtl_jax.data",
+    "decoding": "mtl_jax.decoding",
     "io": "mtl_jax.io",
     "kernels": "mtl_jax.kernels",
     "linearize": "mtl_jax.transforms.linearize",

@@ -23,6 +23,7 @@ ORDER = (
     {"kernels"},
     {"transforms"},
     {"models", "losses", "metrics", "data"},
+    {"decoding"},
     {"train", "io", "report"},
     {"zoo", "multitask"},
     {"systems"},

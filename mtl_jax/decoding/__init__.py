@@ -1,0 +1,59 @@
+"""Text from language models: sampling, beam search, scoring, all of static shapes.
+
+Any model takes part that can read a prompt and then one token after the other
+(`StepModel`): `from_decoder` makes one of a `models.Decoder`, `fused` one of several.
+"""
+
+from mtl_jax.decoding import logits
+from mtl_jax.decoding._beam import Beams, beam_search
+from mtl_jax.decoding._generate import Generation, Reason, generate, stream
+from mtl_jax.decoding._models import (
+    DecoderModel,
+    FusedModel,
+    StepModel,
+    from_decoder,
+    fused,
+)
+from mtl_jax.decoding._prompts import bucket, pad_prompts
+from mtl_jax.decoding._scoring import (
+    Candidates,
+    DecoderLogprobs,
+    LogitsLogprobs,
+    Perplexity,
+    Ranking,
+    SequenceScores,
+    pad_candidates,
+    perplexity,
+    rank_classify,
+    sequence_logprob,
+)
+from mtl_jax.decoding._text import Detokenizer, StopStrings
+
+__all__ = [
+    "Beams",
+    "Candidates",
+    "DecoderLogprobs",
+    "DecoderModel",
+    "Detokenizer",
+    "FusedModel",
+    "Generation",
+    "LogitsLogprobs",
+    "Perplexity",
+    "Ranking",
+    "Reason",
+    "SequenceScores",
+    "StepModel",
+    "StopStrings",
+    "beam_search",
+    "bucket",
+    "from_decoder",
+    "fused",
+    "generate",
+    "logits",
+    "pad_candidates",
+    "pad_prompts",
+    "perplexity",
+    "rank_classify",
+    "sequence_logprob",
+    "stream",
+]

@@ -1,0 +1,203 @@
+"""What decoding asks of a model, and how decoders and mixtures of models answer."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import chex
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from mtl_jax import models
+
+
+class StepModel(Protocol):
+    """A model that reads a prompt and then one token after the other.
+
+    It is a static argument of compiled functions: hashable, and equal to whatever
+    does the same. Logits are [B, V].
+    """
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that a row can hold, None = any number."""
+        ...
+
+    @property
+    def vocab_size(self) -> int | None:
+        """V, or None where it is not known beforehand."""
+        ...
+
+    def init_cache(self, params: Any, batch: int, length: int) -> Any:
+        """An empty cache for `batch` rows of up to `length` tokens, a pytree."""
+        ...
+
+    def prefill(
+        self, params: Any, ids: chex.Array, lengths: chex.Array, cache: Any
+    ) -> tuple[chex.Array, Any]:
+        """Reads prompts [B, P], right-padded; logits after the last token of each."""
+        ...
+
+    def decode(
+        self, params: Any, token: chex.Array, cache: Any
+    ) -> tuple[chex.Array, Any]:
+        """Reads one token [B] per row; logits after it."""
+        ...
+
+    def reorder(self, cache: Any, rows: chex.Array) -> Any:
+        """The cache of the rows [B'] given by number; beam search only."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderModel:
+    """A `StepModel` of a `models.Decoder`; see `from_decoder`."""
+
+    module: nn.Module
+    cache_dtype: DTypeLike | None = None
+
+    @property
+    def context(self) -> int:
+        """The longest context that the module is made for."""
+        return self.module.max_positions
+
+    @property
+    def vocab_size(self) -> int:
+        """V of the module."""
+        return self.module.vocab_size
+
+    def init_cache(self, params, batch, length):
+        """See `StepModel`."""
+        del params
+        return models.init_cache(self.module, batch, length, self.cache_dtype)
+
+    def prefill(self, params, ids, lengths, cache):
+        """See `StepModel`."""
+        columns = jnp.arange(ids.shape[1], dtype=jnp.int32)
+        segments = (columns[None] < lengths[:, None]).astype(jnp.int32)
+        last = jnp.maximum(lengths - 1, 0)[:, None]
+        logits, cache = self.module.apply(
+            {"params": params}, ids, segments, cache=cache, logits_at=last
+        )
+        return logits[:, 0], cache
+
+    def decode(self, params, token, cache):
+        """See `StepModel`."""
+        logits, cache = self.module.apply(
+            {"params": params}, token[:, None], cache=cache
+        )
+        return logits[:, 0], cache
+
+    def reorder(self, cache, rows):
+        """See `StepModel`."""
+        return models.reorder_cache(cache, rows)
+
+
+def from_decoder(
+    module: nn.Module, *, cache_dtype: DTypeLike | None = None
+) -> DecoderModel:
+    """Lets a `models.Decoder` be decoded.
+
+    Args:
+      module: the decoder.
+      cache_dtype: of keys and values; None = the compute dtype of the module.
+
+    Returns:
+      A `StepModel`.
+    """
+    return DecoderModel(module, cache_dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedModel:
+    """A `StepModel` of several; see `fused`."""
+
+    models: tuple[StepModel, ...]
+    fuse: Callable[[tuple[chex.Array, ...]], chex.Array]
+    vocab_size: int | None
+
+    @property
+    def context(self) -> int | None:
+        """The shortest context among the models."""
+        known = [m.context for m in self.models if m.context is not None]
+        return min(known, default=None)
+
+    def init_cache(self, params, batch, length):
+        """See `StepModel`."""
+        self._check(params)
+        return tuple(
+            model.init_cache(p, batch, length)
+            for model, p in zip(self.models, params, strict=True)
+        )
+
+    def prefill(self, params, ids, lengths, cache):
+        """See `StepModel`."""
+        return self._all("prefill", params, (ids, lengths), cache)
+
+    def decode(self, params, token, cache):
+        """See `StepModel`."""
+        return self._all("decode", params, (token,), cache)
+
+    def reorder(self, cache, rows):
+        """See `StepModel`."""
+        return tuple(
+            model.reorder(own, rows)
+            for model, own in zip(self.models, cache, strict=True)
+        )
+
+    def _all(self, name, params, arguments, cache):
+        self._check(params)
+        logits, caches = [], []
+        for model, p, own in zip(self.models, params, cache, strict=True):
+            found, own = getattr(model, name)(p, *arguments, own)
+            logits.append(found[:, : self.vocab_size].astype(jnp.float32))
+            caches.append(own)
+        return self.fuse(tuple(logits)), tuple(caches)
+
+    def _check(self, params):
+        if len(params) != len(self.models):
+            raise ValueError(
+                f"fused: {len(self.models)} models, but the parameters of {len(params)}"
+            )
+
+
+def fused(
+    step_models: Sequence[StepModel],
+    fuse: Callable[[tuple[chex.Array, ...]], chex.Array],
+    *,
+    vocab_size: int | None = None,
+) -> FusedModel:
+    """Several models over one vocabulary that decode as one.
+
+    All of them read the same prompts and the tokens chosen from the fused logits.
+
+    Args:
+      step_models: the models; parameters of the whole are a tuple, one entry each.
+      fuse: pure; the logits of the models, each [B, V] float32, to logits [B, V].
+        Compiled in: define it once.
+      vocab_size: V where models pad their vocabularies differently: logits beyond it
+        are cut off. None wants vocabularies of one size.
+
+    Returns:
+      A `StepModel`.
+
+    Raises:
+      ValueError: without models, or if vocabularies differ or are smaller.
+    """
+    step_models = tuple(step_models)
+    if not step_models:
+        raise ValueError("fused: wanted one or more models")
+    sizes = [m.vocab_size for m in step_models]
+    known = {size for size in sizes if size is not None}
+    if vocab_size is None and len(known) > 1:
+        raise ValueError(
+            f"fused: vocabularies are of {', '.join(map(str, sizes))} tokens; give "
+            "vocab_size where the first tokens are the same"
+        )
+    if vocab_size is not None and known and min(known) < vocab_size:
+        raise ValueError(
+            f"fused: vocab_size is {vocab_size}, the smallest vocabulary {min(known)}"
+        )
+    size = vocab_size or next(iter(known), None)
+    return FusedModel(step_models, fuse, size)
