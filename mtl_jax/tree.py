@@ -285,15 +285,21 @@ def combine(tree: Any, weights: Any) -> Any:
     return _combine(tree, jax.tree.map(jnp.asarray, weights))
 
 
-def _gram_dense(x: jax.Array) -> jax.Array:
-    """[T, ...] -> [T, T] in one contraction, without reshaping sharded axes."""
+def _products(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Twice [T, ...] -> [T, T] in one contraction, float32."""
     axes = tuple(range(1, x.ndim))
     dims = ((axes, axes), ((), ()))
     return jax.lax.dot_general(
-        x, x, dims, precision="highest", preferred_element_type=jnp.float32
+        x, y, dims, precision="highest", preferred_element_type=jnp.float32
     )
 
 
+def _gram_dense(x: jax.Array) -> jax.Array:
+    """[T, ...] -> [T, T], without reshaping sharded axes."""
+    return _products(x, x)
+
+
+@jax.custom_jvp
 def _gram_blocked(x: jax.Array) -> jax.Array:
     """[T, ...] -> [T, T] by slices of the flat view: fast where memory is cached."""
     x = x.reshape(x.shape[0], -1)
@@ -314,6 +320,14 @@ def _gram_blocked(x: jax.Array) -> jax.Array:
         return total + partial(part)
 
     return jax.lax.fori_loop(0, blocks, add, partial(x[:, blocks * block :]))
+
+
+@_gram_blocked.defjvp
+def _gram_blocked_jvp(primals, tangents):
+    """Slices of integers have no slope, and slices kept for one would be copies."""
+    (x,), (moved,) = primals, tangents
+    half = _products(x, moved)
+    return _gram_blocked(x), half + half.T
 
 
 @jax.jit

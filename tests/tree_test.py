@@ -186,6 +186,28 @@ def test_gram_matches_float64_blocked_or_not(count, devices, monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_gram_has_a_slope_blocked_or_not(devices, dtype, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    jax.clear_caches()
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(3, 20001)), dtype)
+    cotangent = jnp.asarray(rng.normal(size=(3, 3)), jnp.float32)
+    _, pull = jax.vjp(lambda x: tree.gram({"w": x}), x)
+    (found,) = pull(cotangent)
+    both = np.asarray(cotangent + cotangent.T, np.float64)
+    assert found.dtype == dtype
+    tolerance = 4 * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(
+        np.asarray(found, np.float64),
+        both @ np.asarray(x, np.float64),
+        rtol=0,
+        atol=10 * tolerance,
+    )
+    jax.clear_caches()
+
+
 @pytest.mark.fast
 def test_sizes():
     sample = {"a": jnp.ones((2, 3), jnp.bfloat16), "b": jnp.ones(())}
