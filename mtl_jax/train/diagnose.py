@@ -80,7 +80,13 @@ def nonfinite_error(
                 f"not finite in {kind}: {shown}" + (f" and {more} more" * (more > 0))
             )
     if not parts:
-        parts.append("all is well before the update, a loss after it is not")
+        rule = getattr(trainable.aggregator, "rule", None)
+        parts.append(
+            "all is well before the update, a loss after it is not"
+            if getattr(rule, "after", None) is not None
+            else "no loss, gradient or metric shows where, so it is what the "
+            "aggregator holds or the products of task gradients"
+        )
     message = f"fit: step {step} is not finite: " + "; ".join(parts)
     if workdir is not None and jax.process_index() == 0:
         _dump(workdir, report, batch)

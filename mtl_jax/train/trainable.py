@@ -53,7 +53,8 @@ class Trainable:
         `aggregation.SplitLoss`, for the price of one backward pass. "flat": each
         task's at the parameters and where its loss is worst within `radii`, for an
         `aggregation.flat_mtl`. "bilevel": by a `bilevel.as_aggregator`; one half of the
-        batch moves the model, the other the weights of its tasks. Methods that need
+        batch moves the model, the other the weights of its tasks; for all leaves, so it
+        takes no `shared`. Methods that need
         `cross_gram` get it from two halves of the batch, with "map", "vmap" or "auto".
       radii: of `grads="flat"`: for the shared leaves, and for a task's own.
       task_names: names for the metrics; the numbers from 0 by default.
@@ -132,6 +133,11 @@ class Trainable:
             raise ValueError(
                 "Trainable: grads='bilevel' goes with a bilevel.as_aggregator, found "
                 f"{self.grads!r} with {type(self.aggregator).__name__}"
+            )
+        if self.grads == "bilevel" and self.shared != (".*",):
+            raise ValueError(
+                "Trainable: grads='bilevel' takes no shared: its weights are those of "
+                f"the losses, for all leaves; found {self.shared!r}"
             )
         if (self.grads == "flat") != (self.radii is not None):
             raise ValueError(

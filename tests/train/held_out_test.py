@@ -117,6 +117,8 @@ def test_what_does_not_go_together_is_refused():
     for change in ({"grads": "map"}, {"aggregator": optax.sgd(1.0)}):
         with pytest.raises(ValueError, match="grads='bilevel' goes with a bilevel"):
             dataclasses.replace(made, **change)
+    with pytest.raises(ValueError, match="grads='bilevel' takes no shared"):
+        dataclasses.replace(made, shared=("w",))
     with pytest.raises(ValueError, match="holds out a half .* use accumulate=1"):
         train.Trainer(made, accumulate=2)
     with pytest.raises(ValueError, match="bilevel: these methods look at losses"):
