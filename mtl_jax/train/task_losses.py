@@ -66,12 +66,18 @@ class TaskLosses:
     def shares(self, batch: Any, parts: int) -> Callable[[Any], chex.Array]:
         """`shares(microbatch)`: what its losses count for, of mean 1 over the parts.
 
-        One number [] where tasks have no rows of their own, else [T].
+        One number [] where tasks have no rows of their own, else [T]. A task without
+        rows may still have a loss, such as its part of a penalty: that counts alike.
         """
         if parts == 1 or self.trainable.task_counts is None:
             return lambda micro: jnp.ones((), jnp.float32)
-        total = jnp.maximum(self._counts(batch), 1)
-        return lambda micro: parts * self._counts(micro) / total
+        total = self._counts(batch)
+
+        def of(micro):
+            share = parts * self._counts(micro) / jnp.maximum(total, 1)
+            return jnp.where(total > 0, share, 1)
+
+        return of
 
     def known(self, losses: chex.Array, batch: Any) -> dict[str, chex.Array]:
         """What a method may read of the losses: themselves, which tasks are there."""

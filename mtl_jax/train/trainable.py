@@ -54,8 +54,8 @@ class Trainable:
         task's at the parameters and where its loss is worst within `radii`, for an
         `aggregation.flat_mtl`. "bilevel": by a `bilevel.as_aggregator`; one half of the
         batch moves the model, the other the weights of its tasks; for all leaves, so it
-        takes no `shared`. Methods that need
-        `cross_gram` get it from two halves of the batch, with "map", "vmap" or "auto".
+        takes no `shared`. Methods that need `cross_gram` get it from two halves of the
+        batch, with "map", "vmap" or "auto".
       radii: of `grads="flat"`: for the shared leaves, and for a task's own.
       task_names: names for the metrics; the numbers from 0 by default.
       task_counts: `task_counts(batch) -> [T]`, how many rows of a batch belong to each

@@ -253,6 +253,23 @@ def test_uneven_tasks_in_microbatches_are_the_whole_batch(fit, grads, make):
         assert record == pytest.approx(wanted, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("grads", ["auto", "map", "gramian"])
+def test_a_task_without_rows_keeps_its_part_of_a_penalty(fit, grads):
+    def penalised(params, batch, key):
+        losses, metrics = own_loss_fn(params, batch, key)
+        return losses + jnp.mean(params["trunk"] ** 2), metrics
+
+    def run(accumulate):
+        rule = aggregation.constant([1.0, 2.0, 3.0])
+        what = owned(rule, loss_fn=penalised, grads=grads, tx=optax.sgd(0.1))
+        return fit(what, 2, own_data, accumulate=accumulate)
+
+    want, found = run(1), run(4)
+    close(found.params, want.params, rtol=0, atol=1e-6)
+    assert want.history[1]["loss_2"] > 1e-3  # Absent, so this is the penalty.
+    assert found.history[1]["loss_2"] == pytest.approx(want.history[1]["loss_2"])
+
+
 def test_without_counts_microbatches_would_count_alike(fit):
     def run(accumulate, **changes):
         what = owned(aggregation.constant([1.0, 2.0, 3.0]), **changes)
