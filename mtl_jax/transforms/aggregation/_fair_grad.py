@@ -61,8 +61,8 @@ def fair_shares(
         x, _, taken = carry
         product, barrier = dot(matrix, scale * x), inverse_power(x)
         ratio = dot(scale * barrier, scale * x) / dot(scale * x, product)
-        factor = jnp.where(ratio > 0, ratio, 1) ** (1 / (1 + power))
-        x, product, barrier = x * factor, product * factor, inverse_power(x * factor)
+        common = jnp.where(ratio > 0, ratio, 1) ** (1 / (1 + power))
+        x, product, barrier = x * common, product * common, inverse_power(x * common)
         point = scale * x
         residual = product - scale * barrier
         hessian = matrix + jnp.diag(power * barrier / x)

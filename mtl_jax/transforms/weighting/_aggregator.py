@@ -78,8 +78,10 @@ def as_aggregator(
       ValueError: in the update, `losses` is missing.
 
     **Differs**: a method that needs the losses after a step gets them from the trainer,
-      by `rule.after`. In a plain optax chain it learns at the start of the next step,
-      from the losses of the next batch.
+      by `rule.after`. Where the rule is out of sight, as in an optax chain, `per_leaf`
+      and `per_group`, it learns at the start of the next step, from the losses of the
+      next batch. Norms are over all leaves that the aggregator acts on, not over the
+      last shared layer.
 
     >>> from mtl_jax import weighting
     >>> tx = as_aggregator(weighting.geometric_mean(), 2)
