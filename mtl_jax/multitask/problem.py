@@ -116,7 +116,7 @@ class Problem:
         z, state = self._apply(
             params, *columns, key=key, method="encode", mutable=["losses"]
         )
-        sown = [jnp.asarray(x, jnp.float32) for x in jax.tree.leaves(state)]
+        sown = [jnp.sum(jnp.asarray(x, jnp.float32)) for x in jax.tree.leaves(state)]
         return z, sum(sown[1:], sown[0]) if sown else None
 
     def decode(self, params: chex.ArrayTree, z: Any) -> dict[str, chex.Array]:

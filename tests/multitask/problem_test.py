@@ -168,6 +168,14 @@ def test_a_sown_penalty_moves_the_gates_by_its_gradient(problem, own_rows_proble
     assert found.evaluate(params, "test") == plain.evaluate(params, "test")
 
 
+def test_sown_arrays_are_summed(problem, monkeypatch):
+    sown = {"losses": {"a": (jnp.ones(3),), "b": (jnp.array(2.0),)}}
+    monkeypatch.setattr(type(problem), "_apply", lambda self, *a, **b: (None, sown))
+    batch = {name: x[:2] for name, x in problem.splits["train"].items()}
+    _, penalty = problem.encode_with_penalty({}, batch)
+    assert penalty.shape == () and penalty == 5
+
+
 def test_a_batch_without_a_task_pays_the_whole_penalty(own_rows_problem):
     found = with_gates(own_rows_problem)
     params = jax.jit(found.init)(jax.random.key(0))
