@@ -1,4 +1,4 @@
-"""The command line: run, list, show, report, preflight.
+"""The command line: run, generate, list, show, report, preflight.
 
 A mistake of the user ends in one line on standard error and exit code 2; the
 traceback appears with `--debug` only. Everything heavy is imported where needed.
@@ -12,10 +12,10 @@ import pathlib
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from mtl_jax import host
+from mtl_jax import cli_arguments, host
 
 if TYPE_CHECKING:
     from mtl_jax import catalog
@@ -24,119 +24,6 @@ __all__ = ["main"]
 
 _USER_ERRORS = (ValueError, OSError)
 _TPU_PACKAGES = ("libtpu",)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong command line in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
-_CONFIG_HELP = (
-    "config file; any value of it can be replaced by --config.KEY=VALUE, "
-    "such as --config.experts.optimizer.peak=1e-4"
-)
-
-
-def _add_experiments(add: Callable[..., argparse.ArgumentParser]) -> None:
-    """The commands that take a config."""
-    run = add(
-        "run",
-        "run an experiment, or resume it where it stopped",
-        """\
-        mtl-jax run experiments/configs/tall_masks.py:demo
-        mtl-jax run experiments/configs/tall_masks.py:tiny --workdir /tmp/try
-        mtl-jax run experiments/configs/tall_masks.py:demo --config.experts.seed=1""",
-    )
-    run.add_argument("config", metavar="CONFIG[:VARIANT]", help=_CONFIG_HELP)
-    run.add_argument(
-        "--workdir",
-        metavar="DIR",
-        help="where the report and its results go, also gs:// (default: "
-        "runs/CONFIG-VARIANT); experts and their checkpoints are kept in the "
-        "package cache, $MTL_JAX_CACHE or ~/.cache/mtl_jax",
-    )
-
-    preflight = add(
-        "preflight",
-        "compile an experiment for a TPU that is not here, and say whether it fits",
-        """\
-        mtl-jax preflight experiments/configs/tall_masks.py:paper --topology v5e:4x4
-        mtl-jax preflight CONFIG --topology v5p:2x2x2 --mesh data=4,model=2""",
-    )
-    preflight.add_argument("config", metavar="CONFIG[:VARIANT]", help=_CONFIG_HELP)
-    preflight.add_argument(
-        "--topology",
-        required=True,
-        metavar="CHIP:AxB[xC]",
-        help="such as v5e:4x4, v4:2x2x1, v6e:4x4",
-    )
-    preflight.add_argument(
-        "--mesh",
-        metavar="AXIS=N,...",
-        help="mesh axes; -1 takes the devices that are left (default: the config's)",
-    )
-    preflight.add_argument(
-        "--method",
-        metavar="NAME",
-        help="of a comparison: which row, or ROW/CANDIDATE (default: the system's own)",
-    )
-
-
-def _add_readers(add: Callable[..., argparse.ArgumentParser]) -> None:
-    """The commands that only read."""
-    catalogue = add(
-        "list",
-        "list the systems of the catalogue",
-        """\
-        mtl-jax list --family merging
-        mtl-jax list --uses merging.ties --json""",
-    )
-    catalogue.add_argument("--family", help="only this family, such as merging")
-    catalogue.add_argument(
-        "--uses", metavar="PRIMITIVE", help="only systems composed of this primitive"
-    )
-    catalogue.add_argument("--status", help="only 'working' or only 'planned'")
-    catalogue.add_argument("--json", action="store_true", help="print JSON")
-
-    show = add("show", "describe one system", "mtl-jax show tall-masks")
-    show.add_argument("system", metavar="SYSTEM", help="name, as `mtl-jax list` shows")
-
-    report = add(
-        "report",
-        "draw the report of a finished run again, and print its tables",
-        "mtl-jax report runs/tall_masks-demo",
-    )
-    report.add_argument("workdir", metavar="WORKDIR", help="directory of the run")
-
-
-def _parser() -> argparse.ArgumentParser:
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument(
-        "--debug", action="store_true", help="show the traceback of an error"
-    )
-    parser = _Parser(
-        prog="mtl-jax",
-        description="Multi-task learning and model editing in JAX.",
-        allow_abbrev=False,
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def add(name: str, help: str, examples: str) -> argparse.ArgumentParser:
-        return commands.add_parser(
-            name,
-            parents=[shared],
-            help=help,
-            description=help[0].upper() + help[1:] + ".",
-            epilog="examples:\n" + textwrap.indent(textwrap.dedent(examples), "  "),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-
-    _add_experiments(add)
-    _add_readers(add)
-    return parser
 
 
 def _overrides(extra: Sequence[str]) -> dict[str, str]:
@@ -233,6 +120,15 @@ def _preflight(args: argparse.Namespace, extra: Sequence[str]) -> int:
     )
     sys.stdout.write(result.to_text().rstrip() + "\n")
     return 0 if result.passed else 1
+
+
+def _generate(args: argparse.Namespace) -> int:
+    host.use_cpu_if_alone()
+    from mtl_jax.run import generate
+
+    host.keep_compiled_programs()
+    generate.main(args)
+    return 0
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> str:
@@ -336,7 +232,8 @@ def _dispatch(args: argparse.Namespace, extra: Sequence[str]) -> int:
         return _preflight(args, extra)
     if extra:
         raise ValueError(f"unknown argument {extra[0]!r}")
-    return {"list": _list, "show": _show, "report": _report}[args.command](args)
+    commands = {"generate": _generate, "list": _list, "show": _show, "report": _report}
+    return commands[args.command](args)
 
 
 def _explain(error: BaseException) -> tuple[str, int]:
@@ -367,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       Exit code: 0; 1 for an internal error or an experiment that does not fit;
       2 for a mistake of the user; 130 when interrupted.
     """
-    args, extra = _parser().parse_known_args(argv)
+    args, extra = cli_arguments.parser().parse_known_args(argv)
     try:
         return _dispatch(args, extra)
     except BrokenPipeError:

@@ -228,7 +228,9 @@ def test_every_override_that_help_shows_exists(capsys, command):
         assert node == float(value)
 
 
-@pytest.mark.parametrize("command", ["run", "list", "show", "report", "preflight"])
+@pytest.mark.parametrize(
+    "command", ["run", "generate", "list", "show", "report", "preflight"]
+)
 def test_help_has_examples(capsys, command):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])

@@ -28,7 +28,7 @@ ORDER = (
     {"zoo", "multitask"},
     {"systems"},
     {"run"},
-    {"host", "configs", "cli", "__main__"},
+    {"host", "configs", "cli_arguments", "cli", "__main__"},
 )
 PURE = {"_checks", "tree", "order", "kernels", "transforms"}
 PURE_IMPORTS = {"jax", "numpy", "optax", "chex", "mtl_jax"} | sys.stdlib_module_names

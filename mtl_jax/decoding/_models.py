@@ -1,10 +1,11 @@
 """What decoding asks of a model, and how decoders and mixtures of models answer."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import chex
+import flax
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -50,12 +51,30 @@ class StepModel(Protocol):
         ...
 
 
+def hashable(module: nn.Module) -> nn.Module:
+    """The module with mappings among its attributes frozen."""
+    fields = {
+        f.name: getattr(module, f.name)
+        for f in dataclasses.fields(module)
+        if f.name not in ("parent", "name")
+    }
+    mappings = {k: flax.core.freeze(v) for k, v in fields.items() if _open(v)}
+    return module.clone(**mappings) if mappings else module
+
+
+def _open(value):
+    return isinstance(value, Mapping) and not isinstance(value, flax.core.FrozenDict)
+
+
 @dataclasses.dataclass(frozen=True)
 class DecoderModel:
     """A `StepModel` of a `models.Decoder`; see `from_decoder`."""
 
     module: nn.Module
     cache_dtype: DTypeLike | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "module", hashable(self.module))
 
     @property
     def context(self) -> int:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax import losses
+from mtl_jax.decoding._models import hashable
 
 NORMALIZATIONS = ("none", "tokens", "characters", "unconditional")
 LogprobFn = Callable[..., chex.Array]
@@ -33,6 +34,9 @@ class DecoderLogprobs:
 
     module: nn.Module
     chunk: int = 128
+
+    def __post_init__(self):
+        object.__setattr__(self, "module", hashable(self.module))
 
     def __call__(self, params, input_ids, labels, segment_ids=None):
         """See `LogprobFn`."""

@@ -84,7 +84,7 @@ def test_rows_do_not_depend_on_their_batch(recurrent, weights):
 
 
 def test_one_program_per_bucket(recurrent, weights):
-    model = recurrent()
+    model = recurrent(context=41)  # Equal to no other model that was compiled.
 
     def run(prompts, new, seed, t, **more):
         process = logits.chain(logits.temperature(t), logits.top_k(3))
@@ -185,7 +185,7 @@ def test_constrained_rows_say_one_of_the_choices(recurrent, weights):
         [[1]] * 40,
         max_new_tokens=6,
         key=jax.random.key(0),
-        process=logits.choices(found, end=6),
+        process=logits.chain(logits.temperature(9.0), logits.choices(found, end=6)),
         stop=6,
     )
     rows = out.rows()
@@ -228,7 +228,7 @@ def test_samples_follow_the_distribution(top_k):
 
 @pytest.mark.parametrize("sampled", [False, True])
 def test_a_stream_ends_as_the_whole(recurrent, weights, sampled):
-    model, params = recurrent(), weights(3)
+    model, params = recurrent(context=42 + sampled), weights(3)
     key = jax.random.key(1) if sampled else None
     options = {"max_new_tokens": 10, "key": key, "stop": [2, [4, 4]]}
     whole = decoding.generate(model, params, PROMPTS, **options)
@@ -239,6 +239,7 @@ def test_a_stream_ends_as_the_whole(recurrent, weights, sampled):
     np.testing.assert_array_equal(last.reasons, whole.reasons)
     for t, step in enumerate(steps):
         np.testing.assert_array_equal(step.tokens, last.tokens[:, : t + 1])
+    assert model.traces.count("prefill") == 2
     model.traces.clear()
     list(decoding.stream(model, params, [p[::-1] for p in PROMPTS], **options))
     assert model.traces == []
