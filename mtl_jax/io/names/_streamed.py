@@ -1,5 +1,6 @@
 """Name tables that fill each leaf in place, for files whose tensors must be decoded."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ from mtl_jax.io.names._table import (
     _unrolled,
     tree_of,
 )
+
+_ALIGN = 64
 
 
 class StreamedTable(NameTable):
@@ -88,6 +91,14 @@ def _fill(out, tensors, name, hook: Hook):
         out[...] = hook.load(np.asarray(tensors[name]))
 
 
+def _aligned(shape, dtype):
+    """An empty array that a CPU device can use as it is, and need not copy."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + _ALIGN, np.uint8)
+    start = -raw.ctypes.data % _ALIGN
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
 def _made(path, leaf, fill):
     """One leaf: a buffer of its own, filled layer by layer, handed to the device."""
     dtype = np.dtype(leaf.dtype)
@@ -96,7 +107,7 @@ def _made(path, leaf, fill):
             f"{path!r} is {dtype}, which JAX would narrow; switch jax_enable_x64 on "
             "to read it"
         )
-    out = np.empty(leaf.shape, dtype)
+    out = _aligned(leaf.shape, dtype)
     if match := _SCANNED.fullmatch(path):
         for i in range(len(out)):
             fill(f"layers_{i}/{match[1]}", out[i])
