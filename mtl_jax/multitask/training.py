@@ -182,6 +182,10 @@ class Bench:
 
         return batch
 
+    def release(self) -> None:
+        """Lets go of compiled methods: a process has room for so many programs only."""
+        self._trainers.clear()
+
     def _trainer(self, method: Method) -> tuple[Problem, train.Trainer]:
         """Compiled once for all seeds; the method is kept, so that its id stays its."""
         if id(method) not in self._trainers:

@@ -105,6 +105,7 @@ class Comparison(Experiment):
             )
             bar.advance(method=SINGLE)
             for row in rows:
+                self.bench.release()
                 found = self._row(row)
                 self.results[row.name] = found
                 bar.advance(method=row.name, delta=float(np.mean(found.delta)))

@@ -1,4 +1,6 @@
 import dataclasses
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -26,6 +28,17 @@ def test_training_learns_and_is_remembered(problem, tmp_path, quiet):
     assert again == dataclasses.replace(first, remembered=True)
     fresh = bench(problem, tmp_path, quiet, remember=False).run(EQUAL, 0)
     assert not fresh.remembered and fresh.test == first.test
+
+
+def test_released_methods_leave_nothing_compiled(problem, tmp_path, quiet):
+    found = bench(problem, tmp_path, quiet, remember=False)
+    found.run(multitask.scalarised((1.0,) * 3), 0)
+    ((_, _, trainer),) = found._trainers.values()
+    gone = weakref.ref(trainer)
+    del trainer
+    found.release()
+    gc.collect()
+    assert gone() is None
 
 
 def test_every_part_of_the_question_counts(problem, tmp_path, quiet):

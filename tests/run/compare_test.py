@@ -30,7 +30,10 @@ class FakeBench:
     def __init__(self, problem, measures=()):
         self.problem, self.measures = problem, dict.fromkeys(measures)
         self.settings = multitask.Settings(steps=4, batch_size=2, optimizer={})
-        self.asked = []
+        self.asked, self.released = [], 0
+
+    def release(self):
+        self.released += 1
 
     def run(self, method, seed):
         self.asked.append((method.name, seed))
