@@ -10,6 +10,7 @@ from typing import Any
 __version__ = "0.1.0.dev0"
 
 _NAMESPACES = {
+    "adapters": "mtl_jax.transforms.adapters",
     "aggregation": "mtl_jax.transforms.aggregation",
     "bilevel": "mtl_jax.transforms.bilevel",
     "catalog": "mtl_jax.catalog",
@@ -23,6 +24,7 @@ _NAMESPACES = {
     "merging": "mtl_jax.transforms.merging",
     "metrics": "mtl_jax.metrics",
     "models": "mtl_jax.models",
+    "quantization": "mtl_jax.transforms.quantization",
     "report": "mtl_jax.report",
     "train": "mtl_jax.train",
     "tree": "mtl_jax.tree",

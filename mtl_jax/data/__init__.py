@@ -5,7 +5,9 @@ A task is a name (`TEXT_TASKS`, `VISION_TASKS`); `load_source` gives its rows,
 """
 
 from mtl_jax.data import multitask, packages, synthetic
+from mtl_jax.data.instruct import encode_chat, encode_text
 from mtl_jax.data.multitask import MultiTask, stack_by_task, task_batches
+from mtl_jax.data.packing import Packed, pack
 from mtl_jax.data.pipelines import (
     ArraySource,
     evaluation,
@@ -42,11 +44,14 @@ __all__ = [
     "MultiTask",
     "Normalize",
     "Package",
+    "Packed",
     "Task",
     "Tokenize",
     "bucket",
     "cache_dir",
     "default_data_dir",
+    "encode_chat",
+    "encode_text",
     "evaluation",
     "extract",
     "fetch",
@@ -60,6 +65,7 @@ __all__ = [
     "mixture",
     "mixture_weights",
     "multitask",
+    "pack",
     "packages",
     "pipeline",
     "prepare",

@@ -5,6 +5,7 @@ into the `apply_fn(params, *inputs)` that every transform takes.
 """
 
 from mtl_jax.models import heads, layers, multitask
+from mtl_jax.models.adapted import apply_adapted
 from mtl_jax.models.backbones import (
     Bert,
     ConvStage,
@@ -33,6 +34,7 @@ __all__ = [
     "SentenceEncoder",
     "SmallConv",
     "ViT",
+    "apply_adapted",
     "build",
     "functional",
     "heads",
