@@ -248,15 +248,20 @@ def rank_classify(
     scores = logprobs
     if normalize == "tokens":
         scores = logprobs / jnp.maximum(lengths, 1).astype(jnp.float32)
-    elif normalize == "characters":
+    elif characters is not None:
         if characters.shape != lengths.shape:
             raise ValueError(
                 f"rank_classify: characters are {characters.shape}, candidates "
                 f"{lengths.shape}"
             )
         scores = logprobs / jnp.maximum(characters, 1).astype(jnp.float32)
-    elif normalize == "unconditional":
+    elif unconditional is not None:
         free = jnp.asarray(unconditional, jnp.int32)[None]
+        if free.ndim != 2 or not free.size:
+            raise ValueError(
+                f"rank_classify: unconditional is {free.shape[1:]}, wanted [U] with a "
+                "token or more"
+            )
         free = jnp.broadcast_to(free, (len(prompts), free.shape[1]))
         whole = jnp.full(len(prompts), free.shape[1], jnp.int32)
         scores = logprobs - score(free, whole, ids, lengths)
@@ -271,7 +276,6 @@ def _score_candidates(
 ):
     """[N, M] sums of log p; each prompt is joined to each of its candidates."""
     number, count, _ = ids.shape
-
     flat = (
         jnp.repeat(prompts, count, axis=0),
         jnp.repeat(prompt_lengths, count),

@@ -167,6 +167,10 @@ def rank(params=None, **change):
         (lambda: rank(normalize="length"), "normalize must be one of"),
         (lambda: rank(normalize="characters"), "characters belongs to"),
         (lambda: rank(unconditional=np.ones(2)), "unconditional belongs to"),
+        (
+            lambda: rank(normalize="unconditional", unconditional=np.ones(0, int)),
+            "with a token or more",
+        ),
         (lambda: rank(candidates=CANDIDATES[:1]), "wanted prompts"),
         (lambda: decoding.pad_candidates([[[1]], [[2], []]]), "question 1"),
         (lambda: decoding.pad_candidates([[]]), "question 0"),
