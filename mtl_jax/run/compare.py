@@ -1,7 +1,8 @@
 """A comparison of training methods: every row trained alike, over seeds."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -56,6 +57,9 @@ def _last(outcome: Outcome, name: str) -> float:
         return outcome.measured[name]
     curve = outcome.history.get(name, ())
     return float(np.mean(curve[len(curve) // 2 :])) if curve else float("nan")
+
+
+_COLUMNS = 8  # tasks with a column of their own
 
 
 class Comparison(Experiment):
@@ -176,11 +180,41 @@ def _shown(comparison: Comparison, task: str, values: np.ndarray) -> str:
     return _mean_and_spread(values * 100 if percent else values, 1 if percent else 3)
 
 
+def _task_columns(comparison: Comparison) -> dict[str, Callable[[Result], Any]]:
+    """A column per task; of many tasks the mean, and the one that suffers most."""
+    targets = comparison.problem.targets
+    if len(targets) <= _COLUMNS:
+        return {
+            f"{t.name} ({t.metric})": lambda r, t=t: _shown(
+                comparison, t.name, r.values(t.name)
+            )
+            for t in targets
+        }
+    alone = comparison.results[SINGLE]
+
+    def worst(result):
+        changes = [
+            (1 if t.higher_is_better else -1)
+            * (result.values(t.name) / alone.values(t.name) - 1)
+            for t in targets
+        ]
+        return _mean_and_spread(100 * np.min(changes, 0), 1)
+
+    def mean(result, metric):
+        names = [t.name for t in targets if t.metric == metric]
+        values = np.mean([result.values(name) for name in names], 0)
+        return _shown(comparison, names[0], values)
+
+    kinds = dict.fromkeys(t.metric for t in targets)
+    means = {f"mean {k}": lambda r, k=k: mean(r, k) for k in kinds}
+    return {**means, "worst task, change": worst}
+
+
 def _add_table(comparison: Comparison) -> None:
     results = comparison.results
     equal = results["equal weights"]
     pace = np.mean([o.step_seconds for o in equal.outcomes])
-    targets = comparison.problem.targets
+    tasks = _task_columns(comparison)
     measures = tuple(comparison.bench.measures)
     comparison.report.add_table(
         report.Table(
@@ -188,7 +222,7 @@ def _add_table(comparison: Comparison) -> None:
             columns=(
                 "method",
                 "delta",
-                *(f"{t.name} ({t.metric})" for t in targets),
+                *tasks,
                 *measures,
                 "time per step",
                 "conflicts",
@@ -198,7 +232,7 @@ def _add_table(comparison: Comparison) -> None:
                 (
                     name,
                     _mean_and_spread(r.delta, 2),
-                    *(_shown(comparison, t.name, r.values(t.name)) for t in targets),
+                    *(column(r) for column in tasks.values()),
                     *(_share(r.last(name), "{:.3g}") for name in measures),
                     float(np.mean([o.step_seconds for o in r.outcomes]) / pace),
                     _share(r.last("conflict_rate"), "{:.0%}"),

@@ -107,6 +107,25 @@ def test_report_has_table_claims_and_figures(toy, quiet, tmp_path, capsys):
     assert "6.67 ± 0.00" in capsys.readouterr().out
 
 
+def test_many_tasks_share_columns(toy, quiet, monkeypatch):
+    monkeypatch.setattr(compare, "_COLUMNS", 2)
+    found = comparison(toy, quiet)
+    found.run(multitask.Contest(rows=()))
+    compare._add_table(found)
+    (table,) = found.report.tables
+    kinds = dict.fromkeys(t.metric for t in toy.targets)
+    means = tuple(f"mean {kind}" for kind in kinds)
+    assert table.columns[2 : 3 + len(means)] == (*means, "worst task, change")
+    # `third` is an accuracy and went from 0.5 to 0.6; nothing became worse.
+    worst = table.columns.index("worst task, change")
+    assert table.rows[1][worst] == "0.0 ± 0.0"
+    values = {"sign": 0.5, "third": 0.6, "sum": 0.5}
+    for at, kind in enumerate(kinds, 2):
+        mean = np.mean([values[t.name] for t in toy.targets if t.metric == kind])
+        shown = f"{100 * mean:.1f}" if kind == "accuracy" else f"{mean:.3f}"
+        assert table.rows[1][at].startswith(f"{shown} ±")
+
+
 def test_curves_of_the_loss_are_those_of_the_tasks(toy, quiet, tmp_path):
     found = comparison(toy, quiet)
     ask = found.bench.run
