@@ -11,7 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mtl_jax import catalog, data, multitask, report, train, zoo
-from mtl_jax.run import compare
+from mtl_jax.run import compare, language
 from mtl_jax.run import study as study_lib
 from mtl_jax.train import optim
 
@@ -101,10 +101,10 @@ def run(config: ConfigDict, *, workdir: Any, progress: Any) -> report.Report:
     that was stopped, or is repeated, does only what is left.
 
     Args:
-      config: names the `system` and `study`, what the study compares; for a system
-        that edits trained parameters, the `suite` of tasks and how `experts` are
-        trained; for one that trains, `problem`, `model`, `training` and `seeds`; see
-        `experiments/configs`.
+      config: names an `experiment`, or the `system` and `study`, what is compared; for
+        a system that edits trained parameters, the `suite` of tasks and how `experts`
+        are trained; for one that trains, `problem`, `model`, `training` and `seeds`;
+        see `experiments/configs`.
       workdir: gets `report/`: `index.html`, and `results.json`, which holds the
         resolved config too. What is cached is kept in the package cache.
       progress: a `report.Progress`.
@@ -112,20 +112,36 @@ def run(config: ConfigDict, *, workdir: Any, progress: Any) -> report.Report:
     Raises:
       ValueError: on a config that names what does not exist.
     """
+    if "experiment" in config:
+        return _run_experiment(config, epath.Path(workdir), progress)
     if "system" not in config:
         raise ValueError("config: lacks system")
     entry, module = _system(config)
     runner = _lookup("kind", _RUNNERS, entry.spec.kind)
     _check_parts(config, entry.spec.kind)
+    _check_processes()
+    document = report.Report(
+        entry.spec.title, config.get("intro", entry.spec.summary), config=_plain(config)
+    )
+    runner(config, module.build(config), document, epath.Path(workdir), progress)
+    return document
+
+
+def _check_processes() -> None:
     if train.initialize():
         raise ValueError(
             "run: studies run in one process, found several; the trainer itself runs "
             "in as many as there are"
         )
-    document = report.Report(
-        entry.spec.title, config.get("intro", entry.spec.summary), config=_plain(config)
-    )
-    runner(config, module.build(config), document, epath.Path(workdir), progress)
+
+
+def _run_experiment(config: ConfigDict, workdir: Any, progress: Any) -> report.Report:
+    """An experiment that is about no system of the catalogue."""
+    runner = _lookup("experiment", _EXPERIMENTS, config.experiment)
+    _check_processes()
+    document = report.Report(config.title, config.intro, config=_plain(config))
+    mesh = _mesh(config, config.training.batch_size)
+    runner(config, document, workdir, progress, mesh)
     return document
 
 
@@ -174,6 +190,7 @@ def _run_comparison(
     compare.write(comparison, workdir)
 
 
+_EXPERIMENTS = {"language": language.run}
 _RUNNERS = {"posthoc": _run_study, "trainable": _run_comparison}
 
 
