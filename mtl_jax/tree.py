@@ -286,7 +286,7 @@ def combine(tree: Any, weights: Any) -> Any:
 
 
 def _products(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Twice [T, ...] -> [T, T] in one contraction, float32."""
+    """[T, ...] twice -> [T, T] in one contraction, without reshaping sharded axes."""
     axes = tuple(range(1, x.ndim))
     dims = ((axes, axes), ((), ()))
     return jax.lax.dot_general(
@@ -294,64 +294,76 @@ def _products(x: jax.Array, y: jax.Array) -> jax.Array:
     )
 
 
-def _gram_dense(x: jax.Array) -> jax.Array:
-    """[T, ...] -> [T, T], without reshaping sharded axes."""
-    return _products(x, x)
-
-
 @jax.custom_jvp
-def _gram_blocked(x: jax.Array) -> jax.Array:
-    """[T, ...] -> [T, T] by slices of the flat view: fast where memory is cached."""
-    x = x.reshape(x.shape[0], -1)
-    count, length = x.shape
-    dtype, narrow = x.dtype, x.dtype.itemsize == 2
-    # XLA's CPU backend slices 16-bit floats one by one, but integers many at once.
-    x = jax.lax.bitcast_convert_type(x, jnp.uint16) if narrow else x
+def _products_blocked(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The same by slices of the flat views: fast where memory is cached."""
+    count, length = x.shape[0], x[0].size
     block = max(_GRAM_BLOCK // count // 128 * 128, _GRAM_COLUMNS)
     blocks = length // block
 
-    def partial(part):
-        if narrow:
-            part = jax.lax.bitcast_convert_type(part, dtype)
-        return _gram_dense(part.astype(jnp.float32))
+    def view(x):
+        x = x.reshape(count, -1)
+        # XLA's CPU backend slices 16-bit floats one by one, integers many at once.
+        narrow = x.dtype.itemsize == 2
+        return jax.lax.bitcast_convert_type(x, jnp.uint16) if narrow else x
+
+    def products(*parts):
+        floats = (
+            jax.lax.bitcast_convert_type(part, whole.dtype).astype(jnp.float32)
+            for part, whole in zip(parts, (x, y), strict=True)
+        )
+        return _products(*floats)
+
+    views = view(x), view(y)
 
     def add(i, total):
-        part = jax.lax.dynamic_slice(x, (0, i * block), (count, block))
-        return total + partial(part)
+        parts = (
+            jax.lax.dynamic_slice(v, (0, i * block), (count, block)) for v in views
+        )
+        return total + products(*parts)
 
-    return jax.lax.fori_loop(0, blocks, add, partial(x[:, blocks * block :]))
+    rest = products(*(v[:, blocks * block :] for v in views))
+    return jax.lax.fori_loop(0, blocks, add, rest)
 
 
-@_gram_blocked.defjvp
-def _gram_blocked_jvp(primals, tangents):
+@_products_blocked.defjvp
+def _products_blocked_jvp(primals, tangents):
     """Slices of integers have no slope, and slices kept for one would be copies."""
-    (x,), (moved,) = primals, tangents
-    half = _products(x, moved)
-    return _gram_blocked(x), half + half.T
+    (x, y), (dx, dy) = primals, tangents
+    return _products_blocked(x, y), _products(dx, y) + _products(x, dy)
 
 
 @jax.jit
-def _gram(tree):
-    def leaf(x):
-        if x.dtype not in (jnp.bfloat16, jnp.float16):
-            x = x.astype(jnp.float32)
+def _gram(tree, other):
+    def leaf(x, y):
+        if x.dtype != y.dtype or x.dtype not in (jnp.bfloat16, jnp.float16):
+            x, y = x.astype(jnp.float32), y.astype(jnp.float32)
         # Slicing a flat view would gather a sharded leaf; one device shards nothing.
         if jax.device_count() > 1 or x.size <= _GRAM_BLOCK:
-            return _gram_dense(x)
-        return jax.lax.platform_dependent(x, cpu=_gram_blocked, default=_gram_dense)
+            return _products(x, y)
+        return jax.lax.platform_dependent(
+            x, y, cpu=_products_blocked, default=_products
+        )
 
-    leaves = [leaf(x) for x in jax.tree.leaves(tree) if is_inexact(x)]
-    return sum(leaves[1:], leaves[0])
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
+    found = [leaf(x, y) for x, y in pairs if is_inexact(x)]
+    return sum(found[1:], found[0])
 
 
-def gram(tree: Any) -> jax.Array:
-    """Inner products between tasks, `G[i, j] = <tree[i], tree[j]>`.
+def gram(tree: Any, other: Any = None) -> jax.Array:
+    """Inner products between tasks, `G[i, j] = <tree[i], other[j]>`.
 
     Args:
       tree: task tree, leaves [T, ...]; only real floating point leaves count.
+      other: tree like `tree`; None for `tree` itself.
 
     Returns:
-      [T, T] float32, summed leaf by leaf; symmetric positive semi-definite.
+      [T, T] float32, summed leaf by leaf; with one tree symmetric positive
+      semi-definite.
+
+    Raises:
+      ValueError: leaves without one common task axis, complex leaves, no floating
+        point leaf, or trees that do not match.
 
     >>> gram({"a": jnp.eye(2), "b": jnp.ones((2, 3))}).tolist()
     [[4.0, 3.0], [3.0, 4.0]]
@@ -363,4 +375,7 @@ def gram(tree: Any) -> jax.Array:
             raise ValueError(f"gram: {name!r} is {leaf.dtype}, wanted a real dtype")
     if not any(is_inexact(leaf) for leaf in named.values()):
         raise ValueError("gram: the tree has no floating point leaf")
-    return _gram(tree)
+    if other is None:
+        return _gram(tree, tree)
+    check_match("gram", tree, other, other_name="other")
+    return _gram(tree, other)

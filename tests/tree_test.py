@@ -183,6 +183,9 @@ def test_gram_matches_float64_blocked_or_not(count, devices, monkeypatch):
     )
     # Off the diagonal, products of some 120,000 elements cancel.
     np.testing.assert_allclose(tree.gram(taus), flat @ flat.T, rtol=1e-5, atol=1e-1)
+    other = jax.tree.map(lambda x: x[::-1], taus)
+    found = tree.gram(taus, other)
+    np.testing.assert_allclose(found, flat @ flat[::-1].T, rtol=1e-5, atol=1e-1)
     jax.clear_caches()
 
 

@@ -38,6 +38,8 @@ def _stack_states(state: Any, count: int) -> Any:
 def _grouped(name: str, aggregator: Any, group_leaves: Any) -> Aggregator:
     """One set of weights per group; `group_leaves(tree)` lists leaf numbers."""
     rule = rule_of(name, aggregator)
+    if rule.after is not None:
+        raise ValueError(f"{name}: the method looks at what every step has brought")
 
     def init(params):
         return _stack_states(rule.init(), len(group_leaves(params)))
@@ -75,7 +77,8 @@ def per_leaf(aggregator: Aggregator) -> Aggregator:
       between leaves. `losses` and `cross_gram` go to each leaf as they are.
 
     Raises:
-      ValueError: the aggregator has no rule.
+      ValueError: the aggregator has no rule, or looks at what every step has brought,
+        as FAMO does.
 
     >>> from mtl_jax.transforms.aggregation._imtl_g import imtl_g
     >>> tx = per_leaf(imtl_g())
@@ -99,8 +102,8 @@ def per_group(aggregator: Aggregator, patterns: Sequence[str]) -> Aggregator:
       An `Aggregator`, as `per_leaf` with groups for leaves.
 
     Raises:
-      ValueError: the aggregator has no rule; at init and update, a pattern that is left
-        without a leaf.
+      ValueError: the aggregator has no rule, or looks at what every step has brought;
+        at init and update, a pattern that is left without a leaf.
 
     >>> from mtl_jax.transforms.aggregation._imtl_g import imtl_g
     >>> tx = per_group(imtl_g(), ["^a"])
@@ -210,7 +213,8 @@ def normalize(
     Args:
       aggregator: any aggregator.
       by: "l2", its length; "loss", the task's loss; "loss_l2", the product of both. The
-        last two need the extra argument `losses` [T], all above zero: refused by name
+        last two need the extra argument `losses` [T], all above zero (but of tasks
+        that the extra argument `present` [T] says are absent): refused by name
         where values are known, NaN under a trace.
 
     Returns:
@@ -238,6 +242,9 @@ def normalize(
             zero = squared == 0
             scale = jnp.where(zero, 0, jax.lax.rsqrt(jnp.where(zero, 1, squared)))
         if by != "l2":
+            if "present" in extra and "losses" in extra:
+                absent = {"losses": jnp.where(extra["present"], extra["losses"], 1)}
+                extra = {**extra, **absent}
             losses = losses_of("normalize", extra, len(squared), zero=False)
             scale = scale / losses.astype(scale.dtype)
         return scale

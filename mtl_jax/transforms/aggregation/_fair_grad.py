@@ -59,9 +59,11 @@ def fair_shares(
 
     def step(carry):
         x, _, taken = carry
-        product, barrier = dot(matrix, scale * x), inverse_power(x)
-        ratio = dot(scale * barrier, scale * x) / dot(scale * x, product)
-        common = jnp.where(ratio > 0, ratio, 1) ** (1 / (1 + power))
+        point = scale * x
+        product, barrier = dot(matrix, point), inverse_power(x)
+        # Rounding may take the curvature below what the ridge alone makes of it.
+        curvature = jnp.maximum(dot(point, product), ridge * dot(point, point))
+        common = (dot(scale * barrier, point) / curvature) ** (1 / (1 + power))
         x, product, barrier = x * common, product * common, inverse_power(x * common)
         point = scale * x
         residual = product - scale * barrier

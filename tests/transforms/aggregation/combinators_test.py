@@ -193,6 +193,8 @@ def test_weights_in_use_for_long_leave_no_room_for_looking_back():
     famo = weighting.as_aggregator(weighting.famo(), 2)
     with pytest.raises(ValueError, match="looks at what every step has brought"):
         aggregation.every_k(famo, 2, 3)
+    with pytest.raises(ValueError, match="per_leaf: .* what every step has brought"):
+        aggregation.per_leaf(famo)
     smooth = aggregation.cr_mogm(famo, 2)
     _, state = smooth.rule.weigh(
         jnp.zeros((2, 2)), smooth.rule.init(), losses=jnp.ones(2)
@@ -206,3 +208,11 @@ def test_weights_in_use_for_long_leave_no_room_for_looking_back():
 def test_rules_that_read_what_is_not_there(reads):
     with pytest.raises(ValueError, match="Rule: reads is .*, wanted a tuple of some"):
         aggregation.Rule(lambda: (), lambda gram, state: (gram, state), reads)
+
+
+def test_absent_tasks_have_no_loss_to_divide_by():
+    tx = aggregation.normalize(aggregation.sum(), "loss")
+    grads = {"w": jnp.array([[2.0], [0.0]])}
+    extra = {"losses": jnp.array([4.0, 0.0]), "present": jnp.array([True, False])}
+    out, state = jax.jit(tx.update)(grads, tx.init({"w": jnp.zeros(1)}), **extra)
+    assert out["w"].tolist() == [0.5] and bool(state.finite)

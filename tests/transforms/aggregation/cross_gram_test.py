@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from mtl_jax import aggregation
-from mtl_jax.transforms.aggregation import _cross_gram
 
 pytestmark = pytest.mark.fast
 
@@ -24,14 +23,6 @@ def test_is_the_product_of_two_batches():
     first, second = grads_of(0), grads_of(1)
     found = aggregation.cross_gram(first, second)
     np.testing.assert_allclose(found, flat(first) @ flat(second).T, rtol=1e-5)
-
-
-@pytest.mark.parametrize("shape", [(3, 8192), (2, 3, 8192), (2, 20_000)])
-def test_by_slices_is_the_same(shape):
-    rng = np.random.default_rng(0)
-    a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))
-    found = jax.jit(_cross_gram._blocked)(a, b)
-    np.testing.assert_allclose(found, _cross_gram._dense(a, b), rtol=1e-3, atol=1e-2)
 
 
 def test_refuses_trees_that_do_not_match():

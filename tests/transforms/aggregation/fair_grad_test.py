@@ -123,3 +123,13 @@ def test_nan_shows_and_ends():
 def test_refuses_negative_alpha():
     with pytest.raises(ValueError, match="fair_grad: alpha is -1, wanted 0 or more"):
         aggregation.fair_grad(alpha=-1)
+
+
+@pytest.mark.parametrize("count", [64, 128])
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_exactly_opposed_gradients_stay_finite(count, scale):
+    signs = np.where(np.arange(count) % 2, -1, 1)
+    gram = jnp.asarray(scale * np.outer(signs, signs), jnp.float32)
+    for weigh in (aggregation.weights.fair_grad, aggregation.weights.nash_mtl):
+        found = weigh(gram)
+        assert bool(jnp.all(jnp.isfinite(found) & (found > 0)))
