@@ -14,16 +14,15 @@ from mtl_jax.decoding._models import (
     from_decoder,
     fused,
 )
+from mtl_jax.decoding._perplexity import Perplexity, perplexity
 from mtl_jax.decoding._prompts import bucket, pad_prompts
 from mtl_jax.decoding._scoring import (
     Candidates,
     DecoderLogprobs,
     LogitsLogprobs,
-    Perplexity,
     Ranking,
     SequenceScores,
     pad_candidates,
-    perplexity,
     rank_classify,
     sequence_logprob,
 )
