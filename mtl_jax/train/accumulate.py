@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mtl_jax import tree as mtl_tree
 from mtl_jax.train import sharding
+from mtl_jax.transforms import loops
 
 
 def mean_over_microbatches(
@@ -52,7 +53,7 @@ def mean_over_parts(
     zeros = jax.tree.map(
         lambda g: jnp.zeros(g.shape, mtl_tree.wide_dtype(g.dtype)), like
     )
-    total, values = jax.lax.scan(body, zeros, parts)
+    total, values = loops.scan(body, zeros, parts)
     grads = jax.tree.map(lambda t, g: (t / count).astype(g.dtype), total, like)
     return jax.tree.map(lambda v: jnp.mean(v, 0), values), grads
 

@@ -14,6 +14,7 @@ from mtl_jax.train.accumulate import join_batch, split_batch
 from mtl_jax.train.objective import Metrics, task_objective
 from mtl_jax.train.state import merge, split_shared
 from mtl_jax.train.trainable import Trainable
+from mtl_jax.transforms import loops
 
 Values = tuple[chex.Array, Metrics]
 
@@ -60,7 +61,8 @@ class TaskLosses:
             return self.at(narrow, frozen, micro, own, shares(micro))
 
         parts = split_batch(batch, self.mesh, self.accumulate)
-        values = jax.lax.map(one, (jnp.arange(self.accumulate), parts))
+        each = jnp.arange(self.accumulate), parts
+        _, values = loops.scan(lambda _, x: ((), one(x)), (), each)
         return jax.tree.map(lambda v: jnp.mean(v, 0), values)
 
     def shares(self, batch: Any, parts: int) -> Callable[[Any], chex.Array]:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from mtl_jax import tree
 from mtl_jax._checks import named_leaves
+from mtl_jax.transforms import loops
 from mtl_jax.transforms.aggregation._base import gram_of
 
 LossFn = Callable[..., Any]
@@ -26,9 +27,6 @@ Pullback = Callable[[chex.Array], Any]
 
 ROWS = ("auto", "map", "vmap")
 GRAMS = ("auto", "gramian", "map", "vmap")
-
-
-_WRITTEN_OUT = 8
 
 
 def value_and_task_grads(
@@ -270,31 +268,7 @@ def task_rows(pullback: Pullback, losses: chex.Array, *, engine: str = "map") ->
     """
     if engine == "vmap":
         return jax.vmap(pullback)(_basis(losses))
-    return scan_tasks(lambda _, e: ((), pullback(e)), (), _basis(losses))[1]
-
-
-def scan_tasks(body: Callable[..., Any], carry: Any, rows: chex.Array) -> Any:
-    """`jax.lax.scan` over tasks, written out for few tasks on a CPU.
-
-    XLA's CPU backend runs convolutions about ten times slower inside a loop.
-
-    Args:
-      body: `body(carry, row) -> (carry, out)`.
-      carry: tree.
-      rows: [T, ...].
-    """
-
-    def loop(carry, rows):
-        return jax.lax.scan(body, carry, rows)
-
-    if rows.shape[0] > _WRITTEN_OUT:
-        return loop(carry, rows)
-    return jax.lax.platform_dependent(
-        carry,
-        rows,
-        cpu=lambda carry, rows: jax.lax.scan(body, carry, rows, unroll=True),
-        default=loop,
-    )
+    return loops.scan(lambda _, e: ((), pullback(e)), (), _basis(losses))[1]
 
 
 def task_gramian(pullback: Pullback, losses: chex.Array) -> chex.Array:
@@ -311,7 +285,7 @@ def task_gramian(pullback: Pullback, losses: chex.Array) -> chex.Array:
     [[4.0, 0.0], [0.0, 4.0]]
     """
     transposed = jax.linear_transpose(pullback, losses)
-    _, rows = scan_tasks(
+    _, rows = loops.scan(
         lambda _, e: ((), transposed(pullback(e))[0]), (), _basis(losses)
     )
     gram = rows.astype(jnp.float32)

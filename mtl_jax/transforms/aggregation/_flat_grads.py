@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax import tree
+from mtl_jax.transforms import loops
 from mtl_jax.transforms.aggregation._base import AggregationState, Aggregator
-from mtl_jax.transforms.aggregation._engines import LossFn, scan_tasks, task_vjp
+from mtl_jax.transforms.aggregation._engines import LossFn, task_vjp
 from mtl_jax.transforms.aggregation._flat import flat_mtl, in_wide, sam_perturbation
 
 
@@ -93,7 +94,7 @@ def flat_task_grads(
             lambda p: jnp.zeros(p.shape, tree.wide_dtype(p.dtype)), own
         )
         units = jnp.eye(losses.shape[0], dtype=losses.dtype)
-        rest, (ours, ours_sam) = scan_tasks(one, zeros, units)
+        rest, (ours, ours_sam) = loops.scan(one, zeros, units)
         rest = jax.tree.map(lambda r, p: r.astype(p.dtype), rest, own)
         return FlatTaskGrads(losses.astype(jnp.float32), ours, ours_sam, rest, aux)
 

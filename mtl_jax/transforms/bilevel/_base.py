@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_jax.transforms import loops
 from mtl_jax.transforms.aggregation._base import AggregationState
 from mtl_jax.transforms.aggregation._engines import LossFn, check_losses, task_vjp
 
@@ -159,7 +160,7 @@ def sgd_path(
         return descend(params, pullback(weights), learning_rate), None
 
     params = jax.tree.map(jnp.asarray, params)
-    return jax.lax.scan(step, params, None, length=steps)[0]
+    return loops.scan(step, params, None, length=steps)[0]
 
 
 def descend(params: Any, direction: Any, rate: Any) -> Any:
