@@ -53,11 +53,17 @@ def test_import_is_light():
     ("namespaces", "not_loaded"),
     [
         (
-            ("tree", "kernels", "merging", "linearize", "masking", "catalog", "cli"),
+            (
+                *("tree", "kernels", "merging", "linearize", "masking"),
+                *("adapters", "quantization", "catalog", "cli"),
+            ),
             HEAVY,
         ),
         (
-            ("report", "losses", "metrics", "models", "data", "train", "io"),
+            (
+                *("report", "losses", "metrics", "models"),
+                *("decoding", "data", "train", "io"),
+            ),
             {"tensorflow", "torch", "matplotlib", "tensorflow_datasets", "jinja2"},
         ),
     ],

@@ -79,7 +79,7 @@ def apply_adapted(
         if not nf4.is_quantized(kernel) and "lora_a" not in found:
             return call(*args, **kwargs)
         seen.add("/".join(layer.path))
-        factors = [found.pop(f"lora_{k}", None) for k in ("a", "b", "index")]
+        a, b, index = (found.pop(f"lora_{k}", None) for k in ("a", "b", "index"))
         if nf4.is_quantized(kernel):
             found["kernel"] = nf4.decode(kernel)
             # A layer outside of the module, with the parameters as they should be.
@@ -87,9 +87,9 @@ def apply_adapted(
             out = alone.apply({"params": found}, *args, **kwargs)
         else:
             out = call(*args, **kwargs)
-        if factors[0] is None:
+        if a is None:
             return out
-        return out + _low_rank(args[0], *factors, out.dtype)
+        return out + _low_rank(args[0], a, b, index, out.dtype)
 
     with nn.intercept_methods(intercept):
         out = module.apply({"params": params}, *inputs, **options)

@@ -191,7 +191,8 @@ def _mean_of_segments(found, weights, batch, max_segments):
 
 def _head(module, params):
     if module.tied:
-        return nf4.dequantize(params["embeddings"]["word"])["embedding"].T
+        word: Any = nf4.dequantize(params["embeddings"]["word"])
+        return word["embedding"].T
     return nf4.dequantize(params["head"])["kernel"]
 
 

@@ -322,7 +322,7 @@ def splice(
     return out
 
 
-def _ranks(named, rules, rank) -> dict[str, int]:
+def _ranks(named, rules, rank) -> dict[str, Any]:
     """Leaf name -> rank, in leaf order."""
     if isinstance(rules, str) or not rules:
         raise ValueError(f"lora.init: rules must be one or more regexes, are {rules!r}")
@@ -380,7 +380,8 @@ def _moved(fn_name, params, lora, alpha, rslora):
         dtype = leaf.dtype
         if isinstance(leaf, nf4.Quantized):
             leaf = nf4.decode(leaf)
-        step = _product(*moves[name], alpha, rslora)
+        a, b = moves[name]
+        step = _product(a, b, alpha, rslora)
         wide = jnp.promote_types(tree.wide_dtype(leaf.dtype), step.dtype)
         return (leaf.astype(wide) + step.astype(wide)).astype(dtype)
 

@@ -128,7 +128,7 @@ def _encode(x, block, double):
     bounds = jnp.asarray((LEVELS[1:] + LEVELS[:-1]) / 2)
     # Fifteen comparisons, no table of sixteen distances.
     codes = sum((blocks / safe > bound).astype(jnp.uint8) for bound in bounds)
-    codes = codes.reshape(*lead, count * block)
+    codes = jnp.asarray(codes).reshape(*lead, count * block)
     packed = codes[..., 0::2] << jnp.uint8(4) | codes[..., 1::2]
     return Quantized(packed, **parts, width=width, block=block, dtype=str(x.dtype))
 
