@@ -151,7 +151,7 @@ def grouped_attend(
     # The small arrays are transposed, so that the large logits need not be.
     query = query.reshape(batch, length, shared, group, dim)
     query = jnp.transpose(query, (0, 2, 3, 1, 4)).reshape(batch, shared, -1, dim)
-    key, value = (x.transpose(0, 2, 1, 3) for x in (key, value))
+    key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
     logits = scale * jnp.einsum(
         "bkqd,bksd->bkqs", query, key, preferred_element_type=jnp.float32
     )
