@@ -30,7 +30,7 @@ def test_links_and_commands_exist(path):
         if "://" not in target:
             assert (path.parent / target).exists(), target
     for command in re.findall(r"mtl-jax (\w+)", text):
-        assert command in ("run", "list", "show", "report", "preflight")
+        assert command in ("run", "list", "show", "report", "preflight", "generate")
     working = {e.config for e in catalog.select(status="working")}
     for config in re.findall(r"experiments/configs/\w+\.py", text):
         assert config in working or not working

@@ -21,6 +21,7 @@ def cross_gram(first: Any, second: Any) -> chex.Array:
     Raises:
       ValueError: the trees do not match.
 
+    >>> import jax.numpy as jnp
     >>> second = {"w": jnp.array([[1.0, 2.0], [3.0, 4.0]])}
     >>> cross_gram({"w": jnp.eye(2)}, second).tolist()
     [[1.0, 3.0], [2.0, 4.0]]
@@ -29,5 +30,4 @@ def cross_gram(first: Any, second: Any) -> chex.Array:
     tree.check_match(
         "cross_gram", first, second, reference_name="first", other_name="second"
     )
-
     return tree.gram(first, second)
