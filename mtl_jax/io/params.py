@@ -12,7 +12,8 @@ from etils import epath
 
 from mtl_jax import tree as tree_lib
 from mtl_jax.io import safetensors
-from mtl_jax.io.names._table import to_device, tree_of
+from mtl_jax.io.names._leaves import to_device
+from mtl_jax.io.names._table import tree_of
 
 _METADATA = "mtl_jax"
 

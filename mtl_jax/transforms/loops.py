@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 _WRITTEN_OUT = 8  # turns
 
@@ -27,7 +28,6 @@ def scan(
     Returns:
       The last carry, and what the turns put out, leaves [N, ...].
 
-    >>> import jax.numpy as jnp
     >>> total, sums = scan(lambda c, x: (c + x, c + x), 0, jnp.arange(4))
     >>> int(total), sums.tolist()
     (6, [0, 1, 3, 6])
@@ -37,7 +37,12 @@ def scan(
         return jax.lax.scan(body, carry, xs, length, **options)
 
     leaves = jax.tree.leaves(xs)
-    if (leaves[0].shape[0] if leaves else length or 0) > _WRITTEN_OUT:
+    count = leaves[0].shape[0] if leaves else length
+    if count == 1:
+        # Not even a branch: what lies deeper in one stays slow.
+        carry, out = body(carry, jax.tree.map(lambda x: x[0], xs))
+        return carry, jax.tree.map(lambda x: jnp.asarray(x)[None], out)
+    if count is None or count > _WRITTEN_OUT:
         return turns(carry, xs)
     return jax.lax.platform_dependent(
         carry, xs, cpu=lambda *a: turns(*a, unroll=True), default=turns

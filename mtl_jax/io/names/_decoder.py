@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from mtl_jax.io.names._config import choose, take
-from mtl_jax.io.names._table import TRANSPOSE, HostLeaf, NameTable, Rule
+from mtl_jax.io.names._leaves import HostLeaf
+from mtl_jax.io.names._table import TRANSPOSE, NameTable, Rule
 
 LAYER = "model.layers.{i}"
 # A tied checkpoint may repeat the embedding under this name.

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from mtl_jax.io.names._streamed import StreamedTable
 from mtl_jax.io.names._table import TRANSPOSE, Hook, NameTable, Rule
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -117,7 +116,7 @@ def gguf_llama(
             )
     if not tied:
         rules.append(Rule("output.weight", "head/kernel", TRANSPOSE))
-    return StreamedTable(
+    return NameTable(
         model="decoder",
         rules=tuple(rules),
         ignore=(r"rope_freqs\.weight",),

@@ -6,7 +6,8 @@ import numpy as np
 
 from mtl_jax.io.names._config import choose, take
 from mtl_jax.io.names._decoder import HEAD, DecoderTable, LazyTensors
-from mtl_jax.io.names._table import HostLeaf, Rule, norm
+from mtl_jax.io.names._leaves import HostLeaf
+from mtl_jax.io.names._table import Rule, norm
 
 _LAYER = "transformer.h.{i}"
 _PARTS = ("query", "key", "value")

@@ -6,7 +6,8 @@ import numpy as np
 
 from mtl_jax.io.names import _decoder
 from mtl_jax.io.names._config import choose, take
-from mtl_jax.io.names._table import Hook, HostLeaf, Rule
+from mtl_jax.io.names._leaves import HostLeaf
+from mtl_jax.io.names._table import Hook, Rule
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(\w+_proj\.weight)")
 _STACK = re.compile(r"(.*\.mlp\.experts)\.(\w+_proj\.weight)")

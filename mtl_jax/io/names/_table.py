@@ -17,6 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax import tree as tree_lib
+from mtl_jax.io.names._leaves import (
+    HostLeaf,
+    described,
+    empty,
+    placed,
+    read_into,
+)
 
 _SCANNED = re.compile(r"layers/(.*)")
 
@@ -97,18 +104,6 @@ def norm(name: str, path: str) -> tuple[Rule, Rule]:
     )
 
 
-class HostLeaf(NamedTuple):
-    """An array known by shape and dtype, brought to the host when asked for."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[], np.ndarray]
-
-    def __array__(self, dtype=None, copy=None):
-        del copy
-        return np.asarray(self.read(), dtype)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NameTable:
     """The tensors of one kind of checkpoint.
@@ -138,8 +133,13 @@ class NameTable:
     ) -> dict[str, Any]:
         """Foreign tensors to parameters.
 
+        No tensor is read before its leaf is made, and a CPU device takes the buffer of
+        a leaf as it is: beside the tree, the host holds one leaf and a few MiB, or for
+        a tensor whose axes are moved one more tensor.
+
         Args:
-          tensors: name -> array; one is read at a time.
+          tensors: name -> array. A mapping may have the methods `shape(name)`,
+            `dtype(name)` and `read_into(name, out)`, as files of encoded tensors do.
           like: parameters or their `jax.eval_shape`, unrolled or scanned. Its
             structure, shapes and dtypes are those of the result, and its shardings
             where it has any. None: the unrolled parameters that the file holds, in
@@ -156,27 +156,39 @@ class NameTable:
         found, problems = self._match(tensors)
         wanted = None if like is None else _unrolled(like)
         problems = self._missing(found, wanted) + problems
-        arrays = {}
+        leaves = {}
         for path, (name, rule) in found.items():
             if wanted is not None and path not in wanted:
                 if not rule.optional:
                     problems.append(f"unexpected: {name!r} for {path!r}")
                 continue
-            raw = tensors[name]
-            if rule.hook.ndim not in (None, raw.ndim):
-                problems.append(
-                    f"wrong shape: {name!r} is {raw.shape}, wanted "
-                    f"{rule.hook.ndim} axes"
-                )
+            foreign, problem = described(tensors, name, rule.hook)
+            if foreign is None:
+                problems.append(problem)
                 continue
-            arrays[path] = array = rule.hook.load(raw)
+            leaves[path] = foreign
             if wanted is not None:
-                problems += _differs(name, array, path, wanted[path])
+                problems += _differs(name, foreign, path, wanted[path])
         if problems:
             raise ValueError(f"{where}: " + "; ".join(problems))
+
+        def fill(path, out):
+            name, rule = found[path]
+            read_into(out, tensors, name, rule.hook)
+
+        def leaf_of(path, leaf):
+            """One buffer, filled layer by layer where layers are stacked."""
+            out = empty(path, leaf.shape, np.dtype(leaf.dtype))
+            if match := _SCANNED.fullmatch(path):
+                for i in range(len(out)):
+                    fill(f"layers_{i}/{match[1]}", out[i])
+            else:
+                fill(path, out)
+            return placed(out, getattr(leaf, "sharding", None))
+
         if like is None:
-            return tree_of({p: to_device(p, a) for p, a in arrays.items()})
-        return tree_lib.map_with_path(lambda p, leaf: _place(p, leaf, arrays), like)
+            return tree_of({path: leaf_of(path, x) for path, x in leaves.items()})
+        return tree_lib.map_with_path(leaf_of, like)
 
     def save(self, params: Any) -> dict[str, HostLeaf]:
         """Parameters to foreign tensors, read lazily one by one.
@@ -278,20 +290,6 @@ def tree_of(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def to_device(name: str, array: np.ndarray, sharding: Any = None) -> jax.Array:
-    """A JAX array that shares no memory with `array`, which may be a mapped file.
-
-    Raises:
-      ValueError: for a 64-bit dtype that JAX would narrow.
-    """
-    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
-        raise ValueError(
-            f"{name!r} is {array.dtype}, which JAX would narrow; switch "
-            "jax_enable_x64 on to read it"
-        )
-    return jax.device_put(np.array(array, order="C"), sharding)
-
-
 def _fill(template, match):
     return template.replace("{i}", str(int(match[1]))) if match.groups() else template
 
@@ -322,15 +320,3 @@ def _differs(name, array, path, wanted):
     if inexact[0] != inexact[1]:
         return [f"wrong dtype: {name!r} is {array.dtype}, {path!r} is {wanted.dtype}"]
     return []
-
-
-def _place(path, leaf, arrays):
-    """The array for one leaf of `like`, cast, stacked and put where it belongs."""
-    if match := _SCANNED.fullmatch(path):
-        depth = leaf.shape[0]
-        array = np.stack([arrays[f"layers_{i}/{match[1]}"] for i in range(depth)])
-    else:
-        array = arrays[path]
-    return to_device(
-        path, np.asarray(array, leaf.dtype), getattr(leaf, "sharding", None)
-    )

@@ -56,25 +56,24 @@ class FeedForward(nn.Module):
     kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
     use_bias: bool = True
 
+    def _dense(self, name: str, width: int) -> nn.Dense:
+        return nn.Dense(
+            width,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=self.kernel_init,
+            name=name,
+        )
+
     @nn.compact
     def __call__(self, x: chex.Array) -> chex.Array:
         """Args: x: [..., D]. Returns: [..., D]."""
-
-        def dense(name, width):
-            return nn.Dense(
-                width,
-                use_bias=self.use_bias,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                kernel_init=self.kernel_init,
-                name=name,
-            )
-
-        y = activation(self.activation)(dense("in", self.hidden)(x))
-        return dense("out", x.shape[-1])(y)
+        y = activation(self.activation)(self._dense("in", self.hidden)(x))
+        return self._dense("out", x.shape[-1])(y)
 
 
-class GatedFeedForward(nn.Module):
+class GatedFeedForward(FeedForward):
     """`out(activation(gate(x)) * in(x))`, back to the width of x.
 
     Attributes:
@@ -88,26 +87,11 @@ class GatedFeedForward(nn.Module):
     **Follows**: Shazeer 2020, "GLU Variants Improve Transformer".
     """
 
-    hidden: int
     activation: str = "silu"
-    dtype: DTypeLike | None = None
-    param_dtype: DTypeLike = jnp.float32
-    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
     use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: chex.Array) -> chex.Array:
         """Args: x: [..., D]. Returns: [..., D]."""
-
-        def dense(name, width):
-            return nn.Dense(
-                width,
-                use_bias=self.use_bias,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                kernel_init=self.kernel_init,
-                name=name,
-            )
-
-        y = activation(self.activation)(dense("gate", self.hidden)(x))
-        return dense("out", x.shape[-1])(y * dense("in", self.hidden)(x))
+        y = activation(self.activation)(self._dense("gate", self.hidden)(x))
+        return self._dense("out", x.shape[-1])(y * self._dense("in", self.hidden)(x))
