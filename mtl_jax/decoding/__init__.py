@@ -10,6 +10,7 @@ from mtl_jax.decoding._generate import Generation, Reason, generate, stream
 from mtl_jax.decoding._models import (
     DecoderModel,
     FusedModel,
+    Recorded,
     StepModel,
     from_decoder,
     fused,
@@ -40,6 +41,7 @@ __all__ = [
     "Perplexity",
     "Ranking",
     "Reason",
+    "Recorded",
     "SequenceScores",
     "StepModel",
     "StopStrings",

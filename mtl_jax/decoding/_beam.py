@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax.decoding._generate import check_tokens
-from mtl_jax.decoding._models import StepModel
+from mtl_jax.decoding._models import StepModel, recorded
 from mtl_jax.decoding._prompts import (
     Sizes,
     Stop,
@@ -114,7 +114,7 @@ def beam_search(
 
     A search is over when K texts have ended and none that goes on can still displace
     the worst of them, as log p only falls: best log p / penalty(max_new_tokens) <=
-    worst score.
+    worst score. What a model records of its steps is left out.
 
     Args:
       model: such as `from_decoder(module)`.
@@ -172,13 +172,14 @@ def _search(model, params, fixed: _Fixed, options: _Options) -> Beams:
         last = jax.lax.dynamic_index_in_dim(
             state.alive.tokens, state.step - 1, axis=2, keepdims=False
         )
-        logits, cache = model.decode(params, last.reshape(-1), state.cache)
-        state, rows = _step(fixed, options, logits, state)
+        found, cache = model.decode(params, last.reshape(-1), state.cache)
+        state, rows = _step(fixed, options, recorded(found).logits, state)
         return state._replace(cache=model.reorder(cache, rows))
 
     rows, count = fixed.ids.shape[0], options.beams
     cache = model.init_cache(params, rows, options.sizes.slots)
-    logits, cache = model.prefill(params, fixed.ids, fixed.lengths, cache)
+    found, cache = model.prefill(params, fixed.ids, fixed.lengths, cache)
+    logits = recorded(found).logits
     state, order = _step(
         fixed, options, jnp.repeat(logits, count, axis=0), _begin(rows, options)
     )

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax.decoding._models import StepModel
+from mtl_jax.decoding._models import Recorded, StepModel, recorded
 from mtl_jax.decoding._prompts import (
     Sizes,
     Stop,
@@ -46,6 +46,8 @@ class Generation(NamedTuple):
       reasons: [B] int32, values of `Reason`.
       logprobs: [B, N] float32, log p of each token under the model as it is, before
         any processor; 0 beyond the length.
+      records: tree of arrays [N, B, ...], what the model recorded when it chose each
+        token, 0 beyond the length; None for models that record nothing.
     """
 
     tokens: chex.Array
@@ -53,6 +55,15 @@ class Generation(NamedTuple):
     stop_lengths: chex.Array
     reasons: chex.Array
     logprobs: chex.Array
+    records: Any = None
+
+    def first(self, columns: int) -> "Generation":
+        """The same, of `columns` tokens at most."""
+        return self._replace(
+            tokens=self.tokens[:, :columns],
+            logprobs=self.logprobs[:, :columns],
+            records=jax.tree.map(lambda x: x[:columns], self.records),
+        )
 
     def rows(self, *, stop: bool = False) -> list[list[int]]:
         """Token lists on the host, with or without the stop sequences."""
@@ -125,10 +136,7 @@ def generate(
         "generate", model, prompts, max_new_tokens, lengths, key, process, stop
     )
     out = _generate(model, params, fixed, np.int32(max_new_tokens), sizes)
-    return out._replace(
-        tokens=out.tokens[:, :max_new_tokens],
-        logprobs=out.logprobs[:, :max_new_tokens],
-    )
+    return out.first(max_new_tokens)
 
 
 def stream(
@@ -174,7 +182,7 @@ def _stream(model, params, fixed, sizes, limit):
     state = _first(model, params, fixed, sizes)
     for step in range(1, limit + 1):
         out, active = jax.device_get((state.out, state.active))
-        yield out._replace(tokens=out.tokens[:, :step], logprobs=out.logprobs[:, :step])
+        yield out.first(step)
         if step == limit or not active.any():
             return
         rest = state._replace(cache=None)
@@ -255,15 +263,19 @@ def _start(model: StepModel, params: Any, fixed: _Fixed, sizes: Sizes) -> _State
     logits, cache = model.prefill(params, fixed.ids, fixed.lengths, cache)
     zeros = jnp.zeros(rows, jnp.int32)
     grid = jnp.zeros((rows, sizes.new), jnp.int32)
-    out = Generation(grid, zeros, zeros, zeros, grid.astype(jnp.float32))
+    records = jax.tree.map(
+        lambda x: jnp.zeros((sizes.new, *x.shape), x.dtype), recorded(logits).record
+    )
+    out = Generation(grid, zeros, zeros, zeros, grid.astype(jnp.float32), records)
     active = jnp.ones(rows, bool)
     state = _State(out, active, zeros, jnp.zeros((), jnp.int32), cache)
     return _choose(fixed, logits, state)
 
 
-def _choose(fixed: _Fixed, logits: chex.Array, state: _State) -> _State:
+def _choose(fixed: _Fixed, found: chex.Array | Recorded, state: _State) -> _State:
     """Chooses a token for every active row and writes it down."""
     out, active, step = state.out, state.active, state.step
+    logits, record = recorded(found)
     logits = logits.astype(jnp.float32)
     context = Context(fixed.ids, fixed.lengths, out.tokens, step)
     scores = logits if fixed.process is None else fixed.process(logits, context)
@@ -289,8 +301,24 @@ def _choose(fixed: _Fixed, logits: chex.Array, state: _State) -> _State:
         stop_lengths=jnp.where(active, ends, out.stop_lengths),
         reasons=jnp.where(active, why, out.reasons),
         logprobs=logprobs,
+        records=_keep(out.records, record, good, step),
     )
     return _State(out, good & (ends == 0), token, step + 1, state.cache)
+
+
+def _keep(records, record, rows, step):
+    """Writes the record of a step, where rows [B] took part in it."""
+
+    def leaf(all_steps, x):
+        if x.shape[:1] != rows.shape:
+            raise ValueError(
+                f"generate: records must lead with {rows.shape[0]} rows, found "
+                f"{x.shape}"
+            )
+        x = jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.zeros_like(x))
+        return jax.lax.dynamic_update_index_in_dim(all_steps, x, step, axis=0)
+
+    return jax.tree.map(leaf, records, record)
 
 
 def _draw(keys, scores, step):

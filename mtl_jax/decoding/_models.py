@@ -2,22 +2,40 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import chex
 import flax
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from mtl_jax import models
 
 
+class Recorded(NamedTuple):
+    """Logits, and what else is worth keeping of a step.
+
+    Attributes:
+      logits: [B, V].
+      record: tree of arrays [B, ...], of the same shapes at every step, or None.
+    """
+
+    logits: chex.Array
+    record: Any = None
+
+
+def recorded(found: "chex.Array | Recorded") -> Recorded:
+    """What a step model puts out, with or without a record."""
+    return found if isinstance(found, Recorded) else Recorded(found)
+
+
 class StepModel(Protocol):
     """A model that reads a prompt and then one token after the other.
 
     It is a static argument of compiled functions: hashable, and equal to whatever
-    does the same. Logits are [B, V].
+    does the same. Logits are [B, V], or `Recorded` with them.
     """
 
     @property
@@ -36,13 +54,13 @@ class StepModel(Protocol):
 
     def prefill(
         self, params: Any, ids: chex.Array, lengths: chex.Array, cache: Any
-    ) -> tuple[chex.Array, Any]:
+    ) -> tuple[chex.Array | Recorded, Any]:
         """Reads prompts [B, P], right-padded; logits after the last token of each."""
         ...
 
     def decode(
         self, params: Any, token: chex.Array, cache: Any
-    ) -> tuple[chex.Array, Any]:
+    ) -> tuple[chex.Array | Recorded, Any]:
         """Reads one token [B] per row; logits after it."""
         ...
 
@@ -128,12 +146,15 @@ def from_decoder(
     return DecoderModel(module, cache_dtype)
 
 
+Fuse = Callable[[tuple[chex.Array, ...]], chex.Array | tuple[chex.Array, Any]]
+
+
 @dataclasses.dataclass(frozen=True)
 class FusedModel:
     """A `StepModel` of several; see `fused`."""
 
     models: tuple[StepModel, ...]
-    fuse: Callable[[tuple[chex.Array, ...]], chex.Array]
+    fuse: Fuse
     vocab_size: int | None
 
     @property
@@ -170,9 +191,21 @@ class FusedModel:
         logits, caches = [], []
         for model, p, own in zip(self.models, params, cache, strict=True):
             found, own = getattr(model, name)(p, *arguments, own)
+            found = recorded(found).logits
             logits.append(found[:, : self.vocab_size].astype(jnp.float32))
             caches.append(own)
-        return self.fuse(tuple(logits)), tuple(caches)
+        return self._fused(tuple(logits)), tuple(caches)
+
+    def _fused(self, logits):
+        out = self.fuse(logits)
+        if not isinstance(out, tuple):
+            return out
+        if len(out) != 2:
+            raise ValueError(
+                f"fused: fuse makes {len(out)} things, wanted logits or (logits, "
+                "record)"
+            )
+        return Recorded(out[0], jax.tree.map(jnp.asarray, out[1]))
 
     def _check(self, params):
         if len(params) != len(self.models):
@@ -183,7 +216,7 @@ class FusedModel:
 
 def fused(
     step_models: Sequence[StepModel],
-    fuse: Callable[[tuple[chex.Array, ...]], chex.Array],
+    fuse: Fuse,
     *,
     vocab_size: int | None = None,
 ) -> FusedModel:
@@ -193,8 +226,9 @@ def fused(
 
     Args:
       step_models: the models; parameters of the whole are a tuple, one entry each.
-      fuse: pure; the logits of the models, each [B, V] float32, to logits [B, V].
-        Compiled in: define it once.
+      fuse: pure; the logits of the models, each [B, V] float32, to logits [B, V], or
+        to (logits, record): a tree of arrays [B, ...] that `generate` hands back for
+        every step, as `Generation.records`. Compiled in: define it once.
       vocab_size: V where models pad their vocabularies differently: logits beyond it
         are cut off. None wants vocabularies of one size.
 
