@@ -25,7 +25,8 @@ from mtl_jax.io.names._leaves import (
     read_into,
 )
 
-_SCANNED = re.compile(r"layers/(.*)")
+# A stack may lie inside of a larger tree, such as `text/layers/...`.
+_SCANNED = re.compile(r"((?:.*/)?)layers/(.*)")
 
 
 class Hook(NamedTuple):
@@ -181,7 +182,7 @@ class NameTable:
             out = empty(path, leaf.shape, np.dtype(leaf.dtype))
             if match := _SCANNED.fullmatch(path):
                 for i in range(len(out)):
-                    fill(f"layers_{i}/{match[1]}", out[i])
+                    fill(f"{match[1]}layers_{i}/{match[2]}", out[i])
             else:
                 fill(path, out)
             return placed(out, getattr(leaf, "sharding", None))
@@ -251,13 +252,11 @@ class NameTable:
     def _missing(self, found, wanted):
         """Without `wanted`, every rule must hold for every layer that occurs."""
         if wanted is None:
-            layers = [int(m[1]) for p in found if (m := re.match(r"layers_(\d+)/", p))]
-            depth = max(layers, default=0) + 1
             needed = [
                 rule.path.replace("{i}", str(i))
                 for rule in self.rules
                 if not rule.optional
-                for i in range(depth if "{i}" in rule.path else 1)
+                for i in range(_depth(rule.path, found))
             ]
         else:
             needed = list(wanted)
@@ -294,6 +293,15 @@ def _fill(template, match):
     return template.replace("{i}", str(int(match[1]))) if match.groups() else template
 
 
+def _depth(template, paths):
+    """Layers that occur in the stack of a template; 1 where there is none."""
+    stack, *inner = template.split("{i}")
+    if not inner:
+        return 1
+    layers = re.compile(re.escape(stack) + r"(\d+)/")
+    return 1 + max((int(m[1]) for p in paths if (m := layers.match(p))), default=0)
+
+
 def _unrolled(params):
     """{unrolled path: HostLeaf}; `layers/...` is split along its first axis."""
     out = {}
@@ -302,7 +310,7 @@ def _unrolled(params):
         shape, dtype = tuple(leaf.shape), leaf.dtype
         if match := _SCANNED.fullmatch(path):
             for i in range(shape[0]):
-                out[f"layers_{i}/{match[1]}"] = HostLeaf(
+                out[f"{match[1]}layers_{i}/{match[2]}"] = HostLeaf(
                     shape[1:], dtype, lambda leaf=leaf, i=i: np.asarray(leaf[i])
                 )
         else:

@@ -214,3 +214,31 @@ def test_leaves_outside_the_table_are_refused_on_save():
 def test_configs_are_read_strictly(table, config, message):
     with pytest.raises(ValueError, match=message):
         table.options(config)
+
+
+def test_stacks_inside_of_a_tree():
+    rules = [
+        io.names.Rule(f"{name}.{{i}}.w", f"{name}/layers_{{i}}/w")
+        for name in ("left", "right")
+    ]
+    table = io.names.NameTable(model="", rules=tuple(rules), options=dict)
+    values = {"left": 3, "right": 2}
+    tensors = {
+        f"{name}.{i}.w": np.full(2, 10 * len(name) + i, np.float32)
+        for name, depth in values.items()
+        for i in range(depth)
+    }
+    unrolled = table.load(tensors)
+    assert sorted(unrolled["left"]) == ["layers_0", "layers_1", "layers_2"]
+    assert sorted(unrolled["right"]) == ["layers_0", "layers_1"]
+    want = {name: models.stack_layers(tower) for name, tower in unrolled.items()}
+    scanned = table.load(tensors, want)
+    assert_same(scanned, want)
+    for params in (unrolled, scanned):
+        again = table.save(params)
+        assert {k: np.asarray(v).tolist() for k, v in again.items()} == {
+            k: v.tolist() for k, v in tensors.items()
+        }
+    del tensors["left.1.w"]
+    with pytest.raises(ValueError, match=r"missing: 'left\.1\.w' for 'left/layers_1/w"):
+        table.load(tensors)
