@@ -1,4 +1,4 @@
-"""Sharding of transformer blocks: rules for parameters, as data, and activations.
+"""Sharding of transformer blocks: rules for parameters, as data.
 
 Rules are (regex, PartitionSpec) pairs over the mesh axes `data` and `model`; the
 first match on the path of a leaf wins. One axis of every kernel is split over
@@ -6,9 +6,6 @@ first match on the path of a leaf wins. One axis of every kernel is split over
 `data`, so that parameters and optimizer state are fully sharded.
 """
 
-import chex
-import jax
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 Rules = tuple[tuple[str, P], ...]
@@ -41,25 +38,3 @@ def block_rules(rows: Rules) -> Rules:
 
 
 BLOCK_RULES: Rules = block_rules(_BLOCK)
-
-
-def keep_batch_split(x: chex.Array) -> chex.Array:
-    """Holds the batch axis of an activation on the mesh axis `data`.
-
-    Where parameters are split over `data` too, the compiler may gather activations
-    instead of weights, at many times the memory; this leaves it no choice. Without a
-    mesh in context (`jax.sharding.use_abstract_mesh`, which the trainer enters), or
-    where `data` does not divide the batch or is managed by `shard_map`, nothing
-    happens.
-
-    Args:
-      x: [B, ...].
-
-    Returns:
-      x.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if kinds.get("data") != AxisType.Auto or x.shape[0] % mesh.shape["data"]:
-        return x
-    return jax.lax.with_sharding_constraint(x, P("data"))

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.models.layers.sharding import keep_batch_split
+from mtl_jax.placement import keep_split
 
 _LAYER = re.compile(r"layers_(\d+)")
 
@@ -101,8 +101,8 @@ def _run(
     def body(block, carry, shared, own):
         x, cache = carry
         own, layer = own
-        x, cache = call(block, keep_batch_split(x), shared, own, cache, layer)
-        x = keep_batch_split(x)
+        x, cache = call(block, keep_split(x, "data"), shared, own, cache, layer)
+        x = keep_split(x, "data")
         return (x, cache), (x if collect else None)
 
     if remat:
