@@ -145,15 +145,13 @@ class Problem:
         the tasks. So the sum of the losses holds it once, and leaves outside the shared
         ones, such as gates, get exactly its gradient whatever the aggregator; what is
         shared, and methods that look at the losses, see each task with its part.
-        Metrics tell it apart: `penalty`, and `task_loss`, the sum of the losses without
-        it. Evaluation has none of it.
+        The metric `penalty` tells it apart. Evaluation has none of it.
         """
         z, penalty = self.encode_with_penalty(params, batch, key)
         found = self.task_losses(self.decode(params, z), batch)
         if penalty is None:
             return found, {}
-        parts = {"penalty": penalty, "task_loss": jnp.sum(found)}
-        return found + penalty / len(self.targets), parts
+        return found + penalty / len(self.targets), {"penalty": penalty}
 
     def task_counts(self, batch: Rows) -> chex.Array:
         """How many rows of a batch each task has, [T] float32."""

@@ -288,7 +288,10 @@ def _add_figures(comparison: Comparison) -> None:
 def _curve(outcome: Outcome, metric: str) -> tuple[float, ...]:
     """Of the training; of a loss with more in it, the part that all methods have."""
     history = outcome.history
-    return history.get(f"task_{metric}", history.get(metric, ()))
+    if metric != "loss" or "task_loss" in history or "penalty" not in history:
+        return history.get(f"task_{metric}", history.get(metric, ()))
+    pairs = zip(history["loss"], history["penalty"], strict=True)
+    return tuple(loss - penalty for loss, penalty in pairs)
 
 
 def _spread(values: np.ndarray) -> float:

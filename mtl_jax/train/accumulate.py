@@ -71,6 +71,19 @@ def split_batch(batch: Any, mesh: Mesh, accumulate: int) -> Any:
     return jax.tree.map(leaf, batch)
 
 
+def split_blocks(batch: Any, mesh: Mesh, count: int) -> Any:
+    """[T n, ...] -> [T, n, ...], block after block; None for scalars."""
+
+    def leaf(x):
+        if not x.ndim:
+            return None
+        x = x.reshape(count, -1, *x.shape[1:])
+        spec = PartitionSpec(None, sharding.DATA)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    return jax.tree.map(leaf, batch)
+
+
 def join_batch(batch: Any, rows: Any) -> Any:
     """A microbatch: the rows, and the scalars of the whole batch."""
     return jax.tree.map(lambda x, r: x if r is None else r, batch, rows)

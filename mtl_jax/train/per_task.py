@@ -165,13 +165,24 @@ class PerTaskGradients:
         )
         return self._found(values, grads, new, None, weights)
 
-    def _rows(self, state: TrainState, batch: Any, parts: int) -> Any:
+    def _rows(
+        self, state: TrainState, batch: Any, key: chex.PRNGKey, parts: int
+    ) -> Any:
         """`run(microbatch, key) -> ((values, shares), (task gradients, rest))`."""
         engine = "vmap" if self.trainable.grads == "vmap" else "map"
         shares = self.losses.shares(batch, parts)
+        if self.trainable.task_blocks:
+            count = self.losses.count(state.params, state.frozen, batch, key)
+            why = f"task_blocks wants equal blocks of {count} tasks"
+            self._check_parts(why, batch, parts * count)
 
         def run(micro, key):
             own = shares(micro)
+            if self.trainable.task_blocks:
+                values, rows, rest = self.losses.rows_of_blocks(
+                    state.params, state.frozen, micro, key, own
+                )
+                return (values, own), (rows, rest)
             values, pull_shared, pull_rest = self.losses.vjp(
                 state.params,
                 lambda p: self.losses.at(p, state.frozen, micro, key, own),
@@ -183,7 +194,7 @@ class PerTaskGradients:
 
     def _from_rows(self, state: TrainState, batch: Any, key: chex.PRNGKey) -> Found:
         """Forms the task gradients of the shared leaves."""
-        run = self._rows(state, batch, self.accumulate)
+        run = self._rows(state, batch, key, self.accumulate)
         (values, _), (rows, rest) = mean_over_microbatches(
             run, batch, key, self.mesh, self.accumulate
         )
@@ -206,7 +217,7 @@ class PerTaskGradients:
         """
         parts = self.accumulate * (1 + self.accumulate % 2)
         self._check_parts("the aggregator needs cross_gram", batch, parts)
-        run = self._rows(state, batch, parts)
+        run = self._rows(state, batch, key, parts)
         each = (jnp.arange(parts), split_batch(batch, self.mesh, parts))
         half = parts // 2
         first, second = (

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from mtl_jax import tree as mtl_tree
 from mtl_jax.train import sharding
-from mtl_jax.train.accumulate import join_batch, split_batch
+from mtl_jax.train.accumulate import join_batch, split_batch, split_blocks
 from mtl_jax.train.objective import Metrics, task_objective
 from mtl_jax.train.state import merge, split_shared
 from mtl_jax.train.trainable import Trainable
@@ -121,6 +121,47 @@ class TaskLosses:
             return pull(cotangent)[1] if jax.tree.leaves(rest) else rest
 
         return (losses, metrics), pull_shared, pull_rest
+
+    def rows_of_blocks(
+        self,
+        params: Any,
+        frozen: Any,
+        batch: Any,
+        key: chex.PRNGKey,
+        shares: chex.Array,
+    ) -> tuple[Values, Any, Any]:
+        """Task gradients where block t of a batch has the rows of task t.
+
+        Every row goes forward and back once, not once for each task.
+
+        Returns:
+          (values, task gradients of the shared leaves [T, ...], sum for the others).
+        """
+        count = self.count(params, frozen, batch, key)
+        blocks = split_blocks(batch, self.mesh, count)
+        rest = split_shared(params, self.trainable.shared)[1]
+        zeros = jax.tree.map(
+            lambda p: jnp.zeros(p.shape, mtl_tree.wide_dtype(p.dtype)), rest
+        )
+
+        def one(total, each):
+            index, rows = each
+            own = jax.random.fold_in(key, index)
+            values, pull_shared, pull_rest = self.vjp(
+                params,
+                lambda p: self.at(p, frozen, join_batch(batch, rows), own, shares),
+            )
+            alone = jax.nn.one_hot(index, count, dtype=values[0].dtype)
+            total = jax.tree.map(
+                lambda t, g: t + g.astype(t.dtype), total, pull_rest(alone)
+            )
+            return total, ((values[0][index], values[1]), pull_shared(alone))
+
+        total, ((losses, metrics), rows) = loops.scan(
+            one, zeros, (jnp.arange(count), blocks)
+        )
+        total = jax.tree.map(lambda t, p: t.astype(p.dtype), total, rest)
+        return (losses, jax.tree.map(lambda m: jnp.mean(m, 0), metrics)), rows, total
 
     def _counts(self, batch: Any) -> chex.Array:
         assert self.trainable.task_counts is not None

@@ -62,6 +62,11 @@ class Trainable:
         task, where a task's loss is the mean over its own rows. It makes accumulation
         over microbatches of uneven counts exact, and tells weightings which tasks a
         batch lacks; None where every row belongs to every task.
+      task_blocks: promises that the rows of a batch are T equal blocks, those of task t
+        in block t, and that the loss of a task is a mean over its own block, whatever
+        the others hold. "map" and "auto" then form all task gradients for the price of
+        one backward pass; metrics are means over blocks, and block t draws from
+        `fold_in(key, t)`.
     """
 
     init: Callable[[chex.PRNGKey], chex.ArrayTree]
@@ -75,6 +80,7 @@ class Trainable:
     radii: tuple[float, float] | None = None
     task_names: tuple[str, ...] | None = None
     task_counts: Callable[[Any], chex.Array] | None = None
+    task_blocks: bool = False
 
     def __post_init__(self):
         for name in ("init", "loss_fn"):
@@ -99,7 +105,14 @@ class Trainable:
 
     def _check_plain(self):
         fields = {f.name: f.default for f in dataclasses.fields(self)}
-        for name in ("shared", "grads", "radii", "task_names", "task_counts"):
+        for name in (
+            "shared",
+            "grads",
+            "radii",
+            "task_names",
+            "task_counts",
+            "task_blocks",
+        ):
             if getattr(self, name) != fields[name]:
                 raise ValueError(
                     f"Trainable: {name}={getattr(self, name)!r} wants an aggregator"

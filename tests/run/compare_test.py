@@ -135,6 +135,8 @@ def test_curves_of_the_loss_are_those_of_the_tasks(toy, quiet, tmp_path):
         history = {"loss": (1.0, 2.0)}
         if len(method.about.get("weights", ())) == 3:
             history = {"loss": (-9.0, -9.0), "task_loss": (3.0, 4.0)}
+        if len(set(method.about.get("weights", ()))) > 1:
+            history = {"loss": (9.0, 9.0), "penalty": (2.0, 1.0)}
         return dataclasses.replace(outcome, history=history)
 
     found.bench.run = run

@@ -130,11 +130,12 @@ def test_one_pass_where_heads_get_the_sum(fit, name):
     close(found.params, want.params)
 
 
-def flops(what, one_device, accumulate=1):
+def flops(what, one_device, accumulate=1, batch=None):
+    batch = data(0) if batch is None else batch
     trainer = train.Trainer(what, mesh=one_device, accumulate=accumulate)
-    lowered = trainer.compiled_step.lower(trainer.abstract_state, data(0))
+    lowered = trainer.compiled_step.lower(trainer.abstract_state, batch)
     compiled = lowered.compile().cost_analysis()["flops"]
-    counted = train.count_flops(trainer.compiled_step, trainer.abstract_state, data(0))
+    counted = train.count_flops(trainer.compiled_step, trainer.abstract_state, batch)
     return np.array([counted.total, compiled])
 
 
@@ -345,3 +346,63 @@ def test_halves_over_devices_are_the_same(one_device):
     what = trainable(aggregation.modo(T), loss_fn=wide, tx=optax.sgd(0.1))
     runs = [train.Trainer(what, mesh=m).fit(data, steps=1) for m in (one_device, mesh)]
     close(runs[0].params, runs[1].params)
+
+
+def blocks_of_rows(step):
+    """Three tasks, four rows each, in blocks."""
+    return data(step, 12) | {"task": np.repeat(np.arange(FEW, dtype=np.int32), 4)}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("shared", [(".*",), ("trunk",)])
+@pytest.mark.parametrize("make", [aggregation.upgrad, lambda: aggregation.modo(FEW)])
+def test_blocks_give_the_gradients_of_whole_batches(fit, make, shared, accumulate):
+    changes = {"shared": shared, "grads": "map"}
+    options = {"data": blocks_of_rows, "accumulate": accumulate}
+    want = fit(owned(make(), **changes), **options)
+    found = fit(owned(make(), **changes, task_blocks=True), **options)
+    close(found.params, want.params)
+    for record, wanted in zip(found.history, want.history, strict=True):
+        assert record.keys() == wanted.keys()
+        for name, value in record.items():
+            assert value == pytest.approx(wanted[name], rel=1e-3, abs=1e-5), name
+
+
+def test_blocks_cost_one_backward_pass(one_device):
+    """Forward and back once; without blocks, back once for each task."""
+
+    def loss_fn(params, batch, key):
+        many = {k: jnp.repeat(x, 64, axis=0) for k, x in batch.items()}
+        return own_loss_fn(params, many, key)
+
+    def cost(task_blocks):
+        what = owned(
+            aggregation.upgrad(),
+            loss_fn=loss_fn,
+            shared=("trunk",),
+            grads="map",
+            task_blocks=task_blocks,
+        )
+        return flops(what, one_device, batch=blocks_of_rows(0))
+
+    # The first layer has no gradient of its input: (1 + 1) / (1 + 3).
+    ratio = cost(True) / cost(False)
+    assert (ratio < 0.65).all(), ratio
+
+
+def test_blocks_over_devices_are_the_same(fit):
+    def rows(step):
+        return data(step, 24) | {"task": np.repeat(np.arange(FEW, dtype=np.int32), 8)}
+
+    what = owned(aggregation.upgrad(), shared=("trunk",), task_blocks=True)
+    want = fit(what, data=rows)
+    mesh = train.make_mesh(devices=jax.devices()[:4])
+    close(train.Trainer(what, mesh=mesh).fit(rows, steps=4).params, want.params)
+
+
+def test_blocks_want_as_many_rows_of_each_task(fit):
+    what = owned(aggregation.upgrad(), task_blocks=True)
+    with pytest.raises(ValueError, match="equal blocks of 3 tasks; found 16 rows"):
+        fit(what, data=own_data)
+    with pytest.raises(ValueError, match="task_blocks=True wants an aggregator"):
+        train.Trainable(init=init, loss_fn=loss_fn, tx=optax.sgd(1.0), task_blocks=True)
