@@ -8,6 +8,8 @@ from mtl_jax.models import heads, layers, multitask
 from mtl_jax.models.adapted import apply_adapted
 from mtl_jax.models.backbones import (
     Bert,
+    Clip,
+    ClipText,
     ConvStage,
     Decoder,
     Mlp,
@@ -16,7 +18,7 @@ from mtl_jax.models.backbones import (
     ViT,
 )
 from mtl_jax.models.functional import functional
-from mtl_jax.models.heads import Classifier, mean_pool, prototype_logits
+from mtl_jax.models.heads import Classifier, mean_pool, prototype_logits, zero_shot_head
 from mtl_jax.models.layers import (
     init_cache,
     reorder_cache,
@@ -28,6 +30,8 @@ from mtl_jax.models.registry import build, names, sharding_rules
 __all__ = [
     "Bert",
     "Classifier",
+    "Clip",
+    "ClipText",
     "ConvStage",
     "Decoder",
     "Mlp",
@@ -48,4 +52,5 @@ __all__ = [
     "sharding_rules",
     "stack_layers",
     "unstack_layers",
+    "zero_shot_head",
 ]

@@ -8,8 +8,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from mtl_jax.models import multitask
-from mtl_jax.models.backbones import bert, decoder, mlp, small_conv, vit
+from mtl_jax.models.backbones import bert, clip, decoder, mlp, small_conv, vit
 from mtl_jax.models.backbones.bert import Bert
+from mtl_jax.models.backbones.clip import Clip, ClipText
 from mtl_jax.models.backbones.decoder import Decoder
 from mtl_jax.models.backbones.decoder_sizes import DECODERS
 from mtl_jax.models.backbones.mlp import Mlp
@@ -47,12 +48,21 @@ _MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
         ViT,
         {"patch_size": 14, "projection": 768, **SIZES["l"], **CLIP_OPTIONS},
     ),
+    "clip-text": (ClipText, {}),
+    "clip-text-b": (ClipText, clip.TEXT_SIZES["b"]),
+    "clip-text-l": (ClipText, clip.TEXT_SIZES["l"]),
+    "clip": (Clip, clip.both("b", 32)),
+    "clip-b/32": (Clip, clip.both("b", 32)),
+    "clip-b/16": (Clip, clip.both("b", 16)),
+    "clip-l/14": (Clip, clip.both("l", 14)),
     **{name: (Decoder, options) for name, options in DECODERS.items()},
 }
 
 
 _RULES: dict[type[nn.Module], Rules] = {
     Bert: bert.SHARDING_RULES,
+    Clip: clip.SHARDING_RULES,
+    ClipText: clip.TEXT_SHARDING_RULES,
     Decoder: decoder.SHARDING_RULES,
     Mlp: mlp.SHARDING_RULES,
     SentenceEncoder: bert.SHARDING_RULES,

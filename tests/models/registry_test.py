@@ -12,6 +12,11 @@ def test_every_name_builds_abstractly(name):
     if isinstance(module, models.Decoder):
         module = module.clone(scan=True)  # Tracing 80 layers one by one takes long.
         example = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    elif isinstance(module, models.Clip):
+        example = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+        more = (jax.ShapeDtypeStruct((1, 4), jnp.int32),)
+    elif isinstance(module, models.ClipText):
+        example = jax.ShapeDtypeStruct((1, 4), jnp.int32)
     elif isinstance(module, models.Bert | models.SentenceEncoder):
         example = jax.ShapeDtypeStruct((1, 4), jnp.int32)
         more = (example,)

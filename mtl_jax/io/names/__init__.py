@@ -1,7 +1,7 @@
 """Name tables of pretrained checkpoints, one per layout."""
 
 from mtl_jax.io.names._bert import bert
-from mtl_jax.io.names._clip_vision import clip_vision
+from mtl_jax.io.names._clip import clip, clip_text, clip_vision
 from mtl_jax.io.names._gemma import gemma, gemma2
 from mtl_jax.io.names._gguf_llama import gguf_llama
 from mtl_jax.io.names._gpt2 import gpt2
@@ -15,6 +15,8 @@ __all__ = [
     "NameTable",
     "Rule",
     "bert",
+    "clip",
+    "clip_text",
     "clip_vision",
     "gemma",
     "gemma2",

@@ -6,8 +6,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from mtl_jax.models.layers.attention import SelfAttention
-from mtl_jax.models.layers.feed_forward import FeedForward
+from mtl_jax.models.layers.encoder_block import PreNormBlock
 from mtl_jax.models.layers.norm import LayerNorm
 from mtl_jax.models.layers.sharding import BLOCK_RULES
 from mtl_jax.models.layers.stack import run_stack
@@ -34,34 +33,6 @@ CLIP_OPTIONS = {
     "activation": "quick_gelu",
     "norm_eps": 1e-5,
 }
-
-
-class ViTBlock(nn.Module):
-    """Pre-norm block: `y = x + attention(norm(x))`, then `y + mlp(norm(y))`."""
-
-    num_heads: int
-    mlp_dim: int
-    activation: str
-    norm_eps: float
-    dropout: float
-    deterministic: bool
-    dtype: DTypeLike | None
-    param_dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, x: chex.Array, bias: chex.Array | None) -> chex.Array:
-        """Args: x: [B, L, D]; bias: see `attend`. Returns: [B, L, D]."""
-        options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-
-        def drop(y):
-            return nn.Dropout(self.dropout, deterministic=self.deterministic)(y)
-
-        attention = SelfAttention(self.num_heads, name="attention", **options)
-        mlp = FeedForward(self.mlp_dim, self.activation, name="mlp", **options)
-        y = LayerNorm(self.norm_eps, name="norm_attention", **options)(x)
-        x = x + drop(attention(y, bias))
-        y = LayerNorm(self.norm_eps, name="norm_mlp", **options)(x)
-        return x + drop(mlp(y))
 
 
 def patches(images: chex.Array, size: int) -> chex.Array:
@@ -155,7 +126,7 @@ class ViT(nn.Module):
         x = embedded = self._embed(images)
 
         def make_block(name):
-            return ViTBlock(
+            return PreNormBlock(
                 num_heads=self.num_heads,
                 mlp_dim=self.mlp_dim or 4 * self.width,
                 activation=self.activation,

@@ -1,12 +1,18 @@
 """Layers that the backbones share."""
 
-from mtl_jax.models.layers.attention import SelfAttention, attend, mask_bias
+from mtl_jax.models.layers.attention import (
+    SelfAttention,
+    attend,
+    causal_bias,
+    mask_bias,
+)
 from mtl_jax.models.layers.cache import init_cache, reorder_cache
 from mtl_jax.models.layers.causal_attention import (
     CausalSelfAttention,
     grouped_attend,
     restarts,
 )
+from mtl_jax.models.layers.encoder_block import PreNormBlock
 from mtl_jax.models.layers.feed_forward import (
     ACTIVATIONS,
     FeedForward,
@@ -33,11 +39,13 @@ __all__ = [
     "GatedFeedForward",
     "LayerNorm",
     "MixtureOfExperts",
+    "PreNormBlock",
     "RmsNorm",
     "SelfAttention",
     "activation",
     "apply_experts",
     "attend",
+    "causal_bias",
     "grouped_attend",
     "init_cache",
     "mask_bias",

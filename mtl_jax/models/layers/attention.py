@@ -25,6 +25,20 @@ def mask_bias(mask: chex.Array) -> chex.Array:
     )
 
 
+def causal_bias(length: int) -> chex.Array:
+    """Additive attention bias by which no position sees a later one.
+
+    Args:
+      length: L.
+
+    Returns:
+      [1, 1, L, L] float32, 0 or -1e30; adds up with `mask_bias`.
+    """
+    slots = jnp.arange(length, dtype=jnp.int32)
+    seen = slots[:, None] >= slots[None, :]
+    return jnp.where(seen, 0.0, _MASKED).astype(jnp.float32)[None, None]
+
+
 def attend(
     query: chex.Array,
     key: chex.Array,

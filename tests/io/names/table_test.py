@@ -10,10 +10,25 @@ from mtl_jax.models.backbones.vit import CLIP_OPTIONS
 
 BLOCKS = {"width": 8, "depth": 3, "num_heads": 2, "mlp_dim": 12}
 VIT = {"image_size": 8, "patch_size": 4, **BLOCKS}
+CLIP_TEXT = {"vocab_size": 11, "max_positions": 6, "projection": 5, **BLOCKS}
+CLIP_CONFIG = {
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+}
 CASES = {
     "bert": (io.names.bert, {"vocab_size": 11, "max_positions": 6, **BLOCKS}),
     "vit": (io.names.vit, VIT),
     "clip": (io.names.clip_vision, {**VIT, **CLIP_OPTIONS, "projection": 5}),
+    "clip-text": (io.names.clip_text, CLIP_TEXT),
+    "clip-whole": (
+        io.names.clip,
+        {
+            "vision_options": {**VIT, "projection": 5},
+            "text_options": CLIP_TEXT,
+        },
+    ),
     "clip-bare": (io.names.clip_vision, {**VIT, **CLIP_OPTIONS}),
 }
 
@@ -21,10 +36,9 @@ CASES = {
 def abstract(case, **options):
     table, base = CASES[case]
     module = models.build(table.model, **base, **options)
-    example = jnp.zeros((1, 4), jnp.int32)
-    if table.model == "vit":
-        example = jnp.zeros((1, 8, 8, 3))
-    return jax.eval_shape(module.init, jax.random.key(0), example)["params"]
+    ids, images = jnp.zeros((1, 4), jnp.int32), jnp.zeros((1, 8, 8, 3))
+    inputs = {"vit": (images,), "clip": (images, ids)}.get(table.model, (ids,))
+    return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
 
 
 def filled(like):
@@ -56,7 +70,11 @@ def test_scanned_parameters_meet_the_same_tensors(case):
     table, _ = CASES[case]
     params, tensors = foreign(case)
     scanned = table.load(tensors, abstract(case, scan=True))
-    assert_same(models.unstack_layers(scanned), params)
+    if case == "clip-whole":
+        towers = {k: models.unstack_layers(scanned[k]) for k in ("text", "vision")}
+        assert_same({**scanned, **towers}, params)
+    else:
+        assert_same(models.unstack_layers(scanned), params)
     again = table.save(scanned)
     assert set(again) == set(tensors)
     for name, want in tensors.items():
@@ -208,7 +226,19 @@ def test_leaves_outside_the_table_are_refused_on_save():
             "position_embedding_type='relative_key' is not supported",
         ),
         (io.names.vit, {"qkv_bias": False}, "qkv_bias=False is not supported"),
-        (io.names.clip_vision, {"vision_config": {}}, "config lacks hidden_size"),
+        (io.names.clip_vision, {"vision_config": {}}, "config lacks image_size"),
+        (io.names.clip_text, {"text_config": {}}, "config lacks hidden_size"),
+        (io.names.clip, {"vision_config": {}}, "names.clip: config lacks text_config"),
+        (
+            io.names.clip_text,
+            {**CLIP_CONFIG, "eos_token_id": [1, 2]},
+            r"eos_token_id=\[1, 2\] is not supported",
+        ),
+        (
+            io.names.clip_text,
+            {**CLIP_CONFIG, "hidden_act": "relu"},
+            "hidden_act='relu' is not supported",
+        ),
     ],
 )
 def test_configs_are_read_strictly(table, config, message):
