@@ -240,14 +240,14 @@ def test_resident_memory_of_the_import(path, options):
         "module = models.build(table.model, **options)\n"
         "ids = jnp.zeros((1, 4), jnp.int32)\n"
         "like = jax.eval_shape(module.init, jax.random.key(0), ids)['params']\n"
-        "def high():\n"
+        "def status(field):\n"
         "    lines = pathlib.Path('/proc/self/status').read_text().splitlines()\n"
-        "    line = next(s for s in lines if s.startswith('VmHWM'))\n"
+        "    line = next(s for s in lines if s.startswith(field))\n"
         "    return 1024 * int(line.split()[1])\n"
-        "before = high()\n"
+        "before = status('VmRSS')\n"
         "params = io.gguf.load(file, like)\n"
         "sizes = [x.nbytes for x in jax.tree.leaves(params)]\n"
-        "print(json.dumps([high() - before, sum(sizes), max(sizes)]))\n"
+        "print(json.dumps([status('VmHWM') - before, sum(sizes), max(sizes)]))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(path), json.dumps(options)],
@@ -257,5 +257,7 @@ def test_resident_memory_of_the_import(path, options):
     )
     grown, whole, largest = json.loads(done.stdout.splitlines()[-1])
     print(options, grown >> 20, whole >> 20, largest >> 20)  # noqa: T201
-    assert grown >= whole
+    # The tree was seen. Small leaves may lie in pages that were resident before, and
+    # the kernel counts pages of several threads a few MiB inexactly.
+    assert grown >= 0.95 * whole
     assert grown <= path.stat().st_size + whole + 1.3 * largest

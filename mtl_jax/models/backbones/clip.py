@@ -125,12 +125,12 @@ class ClipText(nn.Module):
         length = input_ids.shape[1]
         slots = jnp.arange(length, dtype=jnp.int32)[None]
         x = embedded = TokenEmbeddings(
-            self.vocab_size,
-            self.width,
-            self.max_positions,
-            None,
-            self.dtype,
-            self.param_dtype,
+            vocab_size=self.vocab_size,
+            width=self.width,
+            num_positions=self.max_positions,
+            scale=None,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
             name="embeddings",
         )(input_ids, slots)
         bias = causal_bias(length)

@@ -226,8 +226,12 @@ def test_leaves_outside_the_table_are_refused_on_save():
             "position_embedding_type='relative_key' is not supported",
         ),
         (io.names.vit, {"qkv_bias": False}, "qkv_bias=False is not supported"),
-        (io.names.clip_vision, {"vision_config": {}}, "config lacks image_size"),
-        (io.names.clip_text, {"text_config": {}}, "config lacks hidden_size"),
+        (
+            io.names.clip_vision,
+            {"vision_config": {}},
+            "names.clip_vision: config lacks hidden_size",
+        ),
+        (io.names.clip_text, {"text_config": {}}, "clip_text: config lacks hidden"),
         (io.names.clip, {"vision_config": {}}, "names.clip: config lacks text_config"),
         (
             io.names.clip_text,

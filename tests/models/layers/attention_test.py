@@ -67,3 +67,19 @@ def test_logits_are_float32_under_bf16():
 def test_heads_that_do_not_divide_the_width_are_refused():
     with pytest.raises(ValueError, match="3 heads for width 8"):
         layers.SelfAttention(num_heads=3).init(jax.random.key(0), jnp.ones((1, 2, 8)))
+
+
+@pytest.mark.fast
+def test_causal_bias_and_key_mask_add_up():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 4, 1, 3)), jnp.float32) for _ in "qkv")
+    mask = jnp.array([[1, 1, 1, 1], [1, 0, 1, 1]])
+    bias = layers.causal_bias(4) + layers.mask_bias(mask)
+    got = layers.attend(q, k, v, bias)
+    for b in range(2):
+        for i in range(4):
+            seen = [j for j in range(i + 1) if mask[b, j]]
+            logits = np.array([q[b, i, 0] @ k[b, j, 0] for j in seen]) / 3**0.5
+            weights = np.exp(logits) / np.exp(logits).sum()
+            want = sum(w * v[b, j, 0] for w, j in zip(weights, seen, strict=True))
+            np.testing.assert_allclose(got[b, i, 0], want, atol=1e-5)
