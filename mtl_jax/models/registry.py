@@ -8,11 +8,13 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from mtl_jax.models import multitask
-from mtl_jax.models.backbones import bert, clip, decoder, mlp, small_conv, vit
+from mtl_jax.models.backbones import bert, clip, decoder, encdec, mlp, small_conv, vit
 from mtl_jax.models.backbones.bert import Bert
 from mtl_jax.models.backbones.clip import Clip, ClipText
 from mtl_jax.models.backbones.decoder import Decoder
 from mtl_jax.models.backbones.decoder_sizes import DECODERS
+from mtl_jax.models.backbones.encdec import EncoderDecoder
+from mtl_jax.models.backbones.encdec_sizes import ENCODER_DECODERS
 from mtl_jax.models.backbones.mlp import Mlp
 from mtl_jax.models.backbones.sentence import SentenceEncoder
 from mtl_jax.models.backbones.small_conv import SmallConv
@@ -56,6 +58,7 @@ _MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "clip-b/16": (Clip, clip.both("b", 16)),
     "clip-l/14": (Clip, clip.both("l", 14)),
     **{name: (Decoder, options) for name, options in DECODERS.items()},
+    **{name: (EncoderDecoder, options) for name, options in ENCODER_DECODERS.items()},
 }
 
 
@@ -64,6 +67,7 @@ _RULES: dict[type[nn.Module], Rules] = {
     Clip: clip.SHARDING_RULES,
     ClipText: clip.TEXT_SHARDING_RULES,
     Decoder: decoder.SHARDING_RULES,
+    EncoderDecoder: encdec.SHARDING_RULES,
     Mlp: mlp.SHARDING_RULES,
     SentenceEncoder: bert.SHARDING_RULES,
     SmallConv: small_conv.SHARDING_RULES,

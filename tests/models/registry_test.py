@@ -17,6 +17,10 @@ def test_every_name_builds_abstractly(name):
         more = (jax.ShapeDtypeStruct((1, 4), jnp.int32),)
     elif isinstance(module, models.ClipText):
         example = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    elif isinstance(module, models.EncoderDecoder):
+        module = module.clone(scan=True)
+        example = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+        more = (example,)
     elif isinstance(module, models.Bert | models.SentenceEncoder):
         example = jax.ShapeDtypeStruct((1, 4), jnp.int32)
         more = (example,)

@@ -3,6 +3,7 @@
 from mtl_jax.models.backbones.bert import Bert
 from mtl_jax.models.backbones.clip import Clip, ClipText
 from mtl_jax.models.backbones.decoder import Decoder
+from mtl_jax.models.backbones.encdec import EncoderDecoder
 from mtl_jax.models.backbones.mlp import Mlp
 from mtl_jax.models.backbones.sentence import SentenceEncoder
 from mtl_jax.models.backbones.small_conv import ConvStage, SmallConv
@@ -14,6 +15,7 @@ __all__ = [
     "ClipText",
     "ConvStage",
     "Decoder",
+    "EncoderDecoder",
     "Mlp",
     "SentenceEncoder",
     "SmallConv",

@@ -6,7 +6,6 @@ from typing import Any
 
 import chex
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
@@ -15,16 +14,18 @@ from mtl_jax.models.layers.causal_attention import (
     ATTENTIONS,
     CausalSelfAttention,
     make_context,
+    overflow_is_nan,
     visible,
 )
 from mtl_jax.models.layers.decoder_block import DecoderBlock
 from mtl_jax.models.layers.feed_forward import FeedForward, GatedFeedForward
 from mtl_jax.models.layers.moe import MixtureOfExperts
 from mtl_jax.models.layers.norm import LayerNorm, RmsNorm
+from mtl_jax.models.layers.prefix import check_prefix
 from mtl_jax.models.layers.rotary import rotary_frequencies, rotary_tables
 from mtl_jax.models.layers.sharding import BLOCK_RULES, Rules, block_rules
 from mtl_jax.models.layers.stack import run_layers
-from mtl_jax.models.layers.token_embeddings import TokenEmbeddings
+from mtl_jax.models.layers.token_embeddings import TokenEmbeddings, vocabulary_head
 
 _INIT = nn.initializers.normal(0.02)
 
@@ -217,9 +218,7 @@ class Decoder(nn.Module):
             collect=return_hidden,
         )
         x = self._norm()(name="norm")(x)
-        if cache is not None:
-            full = context.start + context.count > context.key_slots.shape[1]
-            x = jnp.where(full[:, None, None], jnp.asarray(jnp.nan, x.dtype), x)
+        x = overflow_is_nan(x, context)
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[:, :, None], axis=1)
         output = x if not head else self._logits(embeddings, x)
@@ -243,17 +242,10 @@ class Decoder(nn.Module):
         if self.tied:
             logits = embeddings.attend(x)
         else:
-            logits = nn.Dense(
-                self.vocab_size,
-                use_bias=False,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                kernel_init=_INIT,
-                dot_general=functools.partial(
-                    jax.lax.dot_general, preferred_element_type=jnp.float32
-                ),
-                name="head",
-            )(x).astype(jnp.float32)
+            head = vocabulary_head(
+                self.vocab_size, self.dtype, self.param_dtype, name="head"
+            )
+            logits = head(x).astype(jnp.float32)
         if self.logit_softcap is not None:
             logits = self.logit_softcap * jnp.tanh(logits / self.logit_softcap)
         return logits
@@ -336,24 +328,20 @@ class Decoder(nn.Module):
                 f"found {length}"
             )
         self._check_options()
-        wanted = {}
-        if prefix is not None:
-            if set(prefix) != {"key", "value"}:
-                raise ValueError(
-                    f"Decoder: prefix wants key and value, has {sorted(prefix)}"
-                )
-            tail = (self.num_kv_heads or self.num_heads, self.dim_of_head)
-            for name, array in prefix.items():
-                free = (array.shape[-3],) if array.ndim > 3 else (0,)
-                rows = (batch,) if array.ndim == 5 else ()
-                shape = (self.depth, *rows, *free, *tail)
-                wanted[f"prefix {name}"] = array, shape
-        if routing_override is not None:
-            shape = (self.depth, batch, length, self.num_experts)
-            wanted["routing_override"] = routing_override, shape
-        for name, (array, shape) in wanted.items():
-            if array.shape != shape:
-                raise ValueError(f"Decoder: {name} is {array.shape}, wanted {shape}")
+        check_prefix(
+            "Decoder: prefix",
+            prefix,
+            depth=self.depth,
+            batch=batch,
+            heads=self.num_kv_heads or self.num_heads,
+            dim=self.dim_of_head,
+        )
+        routing = (self.depth, batch, length, self.num_experts)
+        if routing_override is not None and routing_override.shape != routing:
+            raise ValueError(
+                f"Decoder: routing_override is {routing_override.shape}, wanted "
+                f"{routing}"
+            )
 
     def _check_options(self):
         known = {

@@ -62,7 +62,10 @@ _GPT_2 = {
 }
 
 
-def _shape(width, depth, num_heads, mlp_dim, **more):
+def shape(
+    width: int, depth: int, num_heads: int, mlp_dim: int, **more: Any
+) -> dict[str, Any]:
+    """Options by their names."""
     return {
         "width": width,
         "depth": depth,
@@ -73,7 +76,7 @@ def _shape(width, depth, num_heads, mlp_dim, **more):
 
 
 def _gpt_2(width, depth, num_heads):
-    return {**_GPT_2, **_shape(width, depth, num_heads, 4 * width)}
+    return {**_GPT_2, **shape(width, depth, num_heads, 4 * width)}
 
 
 _LLAMA_31 = {
@@ -93,44 +96,44 @@ _LLAMA_2 = {
     "rotary_base": 1e4,
     "tied": False,
 }
-_SHAPE_8B = _shape(4096, 32, 32, 14336)
-_SHAPE_70B = _shape(8192, 80, 64, 28672)
+_SHAPE_8B = shape(4096, 32, 32, 14336)
+_SHAPE_70B = shape(8192, 80, 64, 28672)
 
 DECODERS: dict[str, dict[str, Any]] = {
     "decoder": {},
     "smollm2-135m": {},
-    "smollm2-360m": _shape(960, 32, 15, 2560, num_kv_heads=5),
-    "smollm2-1.7b": _shape(2048, 24, 32, 8192, num_kv_heads=32, rotary_base=1.3e5),
-    "llama-2-7b": {**_LLAMA_2, **_shape(4096, 32, 32, 11008)},
-    "llama-2-13b": {**_LLAMA_2, **_shape(5120, 40, 40, 13824)},
+    "smollm2-360m": shape(960, 32, 15, 2560, num_kv_heads=5),
+    "smollm2-1.7b": shape(2048, 24, 32, 8192, num_kv_heads=32, rotary_base=1.3e5),
+    "llama-2-7b": {**_LLAMA_2, **shape(4096, 32, 32, 11008)},
+    "llama-2-13b": {**_LLAMA_2, **shape(5120, 40, 40, 13824)},
     "llama-3-8b": {**_LLAMA_3, **_SHAPE_8B},
     "llama-3-70b": {**_LLAMA_3, **_SHAPE_70B},
     "llama-3.1-8b": {**_LLAMA_31, **_SHAPE_8B},
     "llama-3.1-70b": {**_LLAMA_31, **_SHAPE_70B},
-    "llama-3.2-1b": {**_LLAMA_32, **_shape(2048, 16, 32, 8192)},
-    "llama-3.2-3b": {**_LLAMA_32, **_shape(3072, 28, 24, 8192)},
-    "qwen2-0.5b": {**_QWEN_2, **_shape(896, 24, 14, 4864, num_kv_heads=2)},
-    "qwen2-1.5b": {**_QWEN_2, **_shape(1536, 28, 12, 8960, num_kv_heads=2)},
+    "llama-3.2-1b": {**_LLAMA_32, **shape(2048, 16, 32, 8192)},
+    "llama-3.2-3b": {**_LLAMA_32, **shape(3072, 28, 24, 8192)},
+    "qwen2-0.5b": {**_QWEN_2, **shape(896, 24, 14, 4864, num_kv_heads=2)},
+    "qwen2-1.5b": {**_QWEN_2, **shape(1536, 28, 12, 8960, num_kv_heads=2)},
     "qwen2-7b": {
         **_QWEN_2,
-        **_shape(3584, 28, 28, 18944, num_kv_heads=4),
+        **shape(3584, 28, 28, 18944, num_kv_heads=4),
         "vocab_size": 152064,
         "max_positions": 131072,
         "tied": False,
     },
-    "qwen3-0.6b": {**_QWEN_3, **_shape(1024, 28, 16, 3072)},
-    "qwen3-1.7b": {**_QWEN_3, **_shape(2048, 28, 16, 6144)},
-    "qwen3-8b": {**_QWEN_3, **_shape(4096, 36, 32, 12288, tied=False)},
-    "gemma-2b": {**_GEMMA, **_shape(2048, 18, 8, 16384, num_kv_heads=1)},
-    "gemma-7b": {**_GEMMA, **_shape(3072, 28, 16, 24576, num_kv_heads=16)},
-    "gemma-2-2b": {**_GEMMA_2, **_shape(2304, 26, 8, 9216, num_kv_heads=4)},
-    "gemma-2-9b": {**_GEMMA_2, **_shape(3584, 42, 16, 14336, num_kv_heads=8)},
+    "qwen3-0.6b": {**_QWEN_3, **shape(1024, 28, 16, 3072)},
+    "qwen3-1.7b": {**_QWEN_3, **shape(2048, 28, 16, 6144)},
+    "qwen3-8b": {**_QWEN_3, **shape(4096, 36, 32, 12288, tied=False)},
+    "gemma-2b": {**_GEMMA, **shape(2048, 18, 8, 16384, num_kv_heads=1)},
+    "gemma-7b": {**_GEMMA, **shape(3072, 28, 16, 24576, num_kv_heads=16)},
+    "gemma-2-2b": {**_GEMMA_2, **shape(2304, 26, 8, 9216, num_kv_heads=4)},
+    "gemma-2-9b": {**_GEMMA_2, **shape(3584, 42, 16, 14336, num_kv_heads=8)},
     "gpt2": _gpt_2(768, 12, 12),
     "gpt2-medium": _gpt_2(1024, 24, 16),
     "gpt2-large": _gpt_2(1280, 36, 20),
     "gpt2-xl": _gpt_2(1600, 48, 25),
     "olmoe-1b-7b": {
-        **_shape(2048, 16, 16, 1024, num_kv_heads=16),
+        **shape(2048, 16, 16, 1024, num_kv_heads=16),
         "vocab_size": 50304,
         "max_positions": 4096,
         "rotary_base": 1e4,

@@ -10,8 +10,10 @@ from mtl_jax.models.layers.cache import init_cache, reorder_cache
 from mtl_jax.models.layers.causal_attention import (
     CausalSelfAttention,
     grouped_attend,
+    look_around,
     restarts,
 )
+from mtl_jax.models.layers.cross_attention import CrossAttention
 from mtl_jax.models.layers.encoder_block import PreNormBlock
 from mtl_jax.models.layers.feed_forward import (
     ACTIVATIONS,
@@ -22,6 +24,7 @@ from mtl_jax.models.layers.feed_forward import (
 )
 from mtl_jax.models.layers.moe import MixtureOfExperts, apply_experts
 from mtl_jax.models.layers.norm import LayerNorm, RmsNorm
+from mtl_jax.models.layers.relative_bias import RelativeBias, distance_buckets
 from mtl_jax.models.layers.rotary import rotary_frequencies
 from mtl_jax.models.layers.sharding import BLOCK_RULES
 from mtl_jax.models.layers.stack import (
@@ -35,19 +38,23 @@ __all__ = [
     "ACTIVATIONS",
     "BLOCK_RULES",
     "CausalSelfAttention",
+    "CrossAttention",
     "FeedForward",
     "GatedFeedForward",
     "LayerNorm",
     "MixtureOfExperts",
     "PreNormBlock",
+    "RelativeBias",
     "RmsNorm",
     "SelfAttention",
     "activation",
     "apply_experts",
     "attend",
     "causal_bias",
+    "distance_buckets",
     "grouped_attend",
     "init_cache",
+    "look_around",
     "mask_bias",
     "quick_gelu",
     "reorder_cache",

@@ -1,5 +1,6 @@
 """Keys and values that a decoder has seen, in buffers of a fixed length."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -24,39 +25,60 @@ class LayerCache(NamedTuple):
 
 
 def init_cache(
-    model: Any, batch: int, length: int, dtype: DTypeLike | None = None
+    model: Any,
+    batch: int,
+    length: int,
+    dtype: DTypeLike | None = None,
+    *,
+    memory: int | None = None,
 ) -> dict[str, Any]:
-    """An empty cache for a decoder.
+    """An empty cache for a decoder, or for the decoder of an encoder-decoder.
 
     Args:
-      model: a `models.Decoder`.
+      model: a `models.Decoder` or `models.EncoderDecoder`.
       batch: B, number of rows.
       length: S, tokens that a row can hold.
       dtype: of keys and values; None = the compute dtype of the model.
+      memory: M, tokens that the encoder of an encoder-decoder reads.
 
     Returns:
       {"layers": {"key", "value"}}, each [depth, B, S, K, d], for a scanned model,
       {"layers_0": {"key", "value"}, ...}, each [B, S, K, d], for an unrolled one, and
-      "length" [B] int32, the tokens that each row holds.
+      "length" [B] int32, the tokens that each row holds. With `memory` a layer also
+      has "memory_key" and "memory_value" of M in place of S, what it makes of the
+      encoder's output, and there is "memory_segments" [B, M] int32.
 
     Raises:
-      ValueError: if `length` exceeds the context of the model.
+      ValueError: if `length` exceeds the context of the model, or if `memory` is
+        missing or has no encoder.
     """
-    if not 1 <= length <= model.max_positions:
+    limit = math.inf if model.max_positions is None else model.max_positions
+    if not 1 <= length <= limit:
         raise ValueError(
-            f"init_cache: length must lie in [1, {model.max_positions}], the context "
-            f"of the model, is {length}"
+            f"init_cache: length must lie in [1, {limit}], the context of the model, "
+            f"is {length}"
+        )
+    if (memory is None) == hasattr(model, "encoder_depth"):
+        raise ValueError(
+            f"init_cache: memory belongs to encoder-decoders and is {memory} for "
+            f"{type(model).__name__}"
         )
     dtype = dtype or model.dtype or model.param_dtype
     heads = model.num_kv_heads or model.num_heads
-    shape = (batch, length, heads, model.dim_of_head)
-    if model.scan and model.depth:
-        names, shape = ["layers"], (model.depth, *shape)
-    else:
-        names = [f"layers_{i}" for i in range(model.depth)]
-    kinds = ("key", "value")
-    layers = {name: {k: jnp.zeros(shape, dtype) for k in kinds} for name in names}
-    return {**layers, "length": jnp.zeros(batch, jnp.int32)}
+    stacked = bool(model.scan and model.depth)
+    names = ["layers"] if stacked else [f"layers_{i}" for i in range(model.depth)]
+    sizes = {"key": length, "value": length}
+    cache = {"length": jnp.zeros(batch, jnp.int32)}
+    if memory is not None:
+        sizes |= {"memory_key": memory, "memory_value": memory}
+        cache["memory_segments"] = jnp.zeros((batch, memory), jnp.int32)
+    axes = (model.depth,) if stacked else ()
+    for name in names:
+        cache[name] = {
+            kind: jnp.zeros((*axes, batch, size, heads, model.dim_of_head), dtype)
+            for kind, size in sizes.items()
+        }
+    return cache
 
 
 def reorder_cache(cache: Mapping[str, Any], rows: chex.Array) -> dict[str, Any]:
@@ -110,6 +132,18 @@ def write_cache(
             cache.value, value.astype(cache.value.dtype), start, count, cache.layer
         ),
     )
+
+
+def fill_cache(cache: LayerCache, key: chex.Array, value: chex.Array) -> LayerCache:
+    """Replaces the whole buffers of the layer by [B, S, K, d]; their dtype stays."""
+
+    def fill(buffer, new):
+        new = new.astype(buffer.dtype)
+        if cache.layer is None:
+            return new
+        return jax.lax.dynamic_update_index_in_dim(buffer, new, cache.layer, 0)
+
+    return cache._replace(key=fill(cache.key, key), value=fill(cache.value, value))
 
 
 def _write_one(buffer, new, start, count, layer):

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from mtl_jax.models.layers.cache import LayerCache, read_cache, write_cache
 from mtl_jax.models.layers.norm import RmsNorm
+from mtl_jax.models.layers.prefix import in_front
 from mtl_jax.models.layers.rotary import rotate
 
 ATTENTIONS = ("einsum", "blocked", "fused")
@@ -32,6 +33,8 @@ class AttentionContext(NamedTuple):
       start: [B] int32, slots of the cache that were full before; None without one.
       count: [B] int32, tokens that are added to the cache.
       mask: [B, L, S] bool, `visible` of the above where it is worth keeping.
+      bias: [B, H, L, S] or [1, H, L, S] float32, added to the logits; None = 0.
+        A prefix has none.
     """
 
     query_segments: chex.Array
@@ -42,6 +45,7 @@ class AttentionContext(NamedTuple):
     start: chex.Array | None = None
     count: chex.Array | None = None
     mask: chex.Array | None = None
+    bias: chex.Array | None = None
 
 
 def visible(context: AttentionContext, window: Any = None) -> chex.Array:
@@ -89,7 +93,7 @@ def make_context(
         if positions is None:
             positions = slots if segment_ids is None else restarts(segments)
         return AttentionContext(segments, segments, slots, slots), positions
-    buffer = next(x for name, x in cache.items() if name != "length")["key"]
+    buffer = next(x for name, x in cache.items() if name.startswith("layers"))["key"]
     size, start = buffer.shape[-3], cache["length"]
     segments = (segments != 0).astype(jnp.int32)
     count = jnp.sum(segments, axis=1)
@@ -100,6 +104,35 @@ def make_context(
         segments, keys, slots, key_slots, start=start, count=count
     )
     return context, slots if positions is None else positions
+
+
+def look_around(
+    query_segments: chex.Array, key_segments: chex.Array
+) -> AttentionContext:
+    """A context whose queries see all keys of their segment, wherever they stand.
+
+    Args:
+      query_segments: [B, L] int32, 0 = padding.
+      key_segments: [B, S] int32, 0 = padding.
+
+    Returns:
+      The context, for an encoder or for attention to what an encoder put out.
+    """
+    return AttentionContext(
+        query_segments,
+        key_segments,
+        query_slots=jnp.zeros_like(query_segments),
+        key_slots=jnp.zeros_like(key_segments),
+    )
+
+
+def overflow_is_nan(x: chex.Array, context: AttentionContext) -> chex.Array:
+    """Makes rows NaN that hold more tokens than their cache; x: [B, ...]."""
+    if context.start is None:
+        return x
+    full = context.start + context.count > context.key_slots.shape[1]
+    full = full.reshape(-1, *(1,) * (x.ndim - 1))
+    return jnp.where(full, jnp.asarray(jnp.nan, x.dtype), x)
 
 
 def restarts(segment_ids: chex.Array) -> chex.Array:
@@ -129,8 +162,9 @@ def grouped_attend(
     *,
     scale: float,
     softcap: float | None = None,
+    bias: chex.Array | None = None,
 ) -> chex.Array:
-    """`softmax(scale Q K^T) V`; every G = H / K query heads share a key head.
+    """`softmax(scale Q K^T + bias) V`; every G = H / K query heads share a key head.
 
     Args:
       query: [B, L, H, d].
@@ -139,6 +173,7 @@ def grouped_attend(
       mask: [B, L, S] bool, True = attend. A query without keys attends uniformly.
       scale: of the logits.
       softcap: c, logits become `c tanh(logits / c)` before the mask; None = as is.
+      bias: [B, H, L, S] or [1, H, L, S] float32, or None.
 
     Returns:
       [B, L, H, d] in the dtype of `value`; logits and softmax are float32.
@@ -158,7 +193,10 @@ def grouped_attend(
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     grouped = (batch, shared, group, length, -1)
-    logits = jnp.where(mask[:, None, None], logits.reshape(grouped), _MASKED)
+    logits = logits.reshape(grouped)
+    if bias is not None:
+        logits = logits + bias.reshape(-1, shared, *logits.shape[2:])
+    logits = jnp.where(mask[:, None, None], logits, _MASKED)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
     weights = weights.reshape(batch, shared, group * length, -1)
     out = jnp.einsum("bkqs,bksd->bkqd", weights, value).reshape(grouped)
@@ -177,8 +215,8 @@ class Heads(nn.Module):
         return x
 
 
-class CausalSelfAttention(nn.Module):
-    """Self-attention of a decoder; `query`, `key`, `value`, `out` are `nn.Dense`.
+class ProjectedAttention(nn.Module):
+    """Attention whose `query`, `key`, `value` and `out` are `nn.Dense`.
 
     Attributes:
       num_heads: H.
@@ -213,6 +251,63 @@ class CausalSelfAttention(nn.Module):
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
 
+    def _heads(self, name, x, count):
+        y = self._dense(name, x, count * self.head_dim, self.qkv_bias)
+        kind = self.qk_norm if name != "value" else None
+        if kind == "projection":
+            y = self._norm(name)(y)
+        y = y.reshape(*x.shape[:2], count, self.head_dim)
+        return self._norm(name)(y) if kind == "head" else y
+
+    def _project(self, heads, shape):
+        """[B, L, D] of `shape` from what the heads put out."""
+        heads = Heads(name="heads")(heads.reshape(*shape[:2], *heads.shape[2:]))
+        return self._dense(
+            "out", heads.reshape(*shape[:2], -1), shape[-1], self.out_bias
+        )
+
+    def _norm(self, name):
+        return RmsNorm(
+            self.norm_eps,
+            self.norm_unit_offset,
+            self.dtype,
+            self.param_dtype,
+            name=f"norm_{name}",
+        )
+
+    def _dense(self, name, x, width, bias):
+        return nn.Dense(
+            width,
+            use_bias=bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=_INIT,
+            name=name,
+        )(x)
+
+    def _attend(self, query, key, value, context, window):
+        """[B, L, H, d], by the chosen implementation."""
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        extra = key.shape[1] - context.key_slots.shape[1]
+        if context.bias is not None:
+            bias = jnp.pad(context.bias, ((0, 0), (0, 0), (0, 0), (extra, 0)))
+            context = context._replace(bias=bias)
+        if self.implementation == "blocked":
+            return _blocked(
+                query, key, value, context, window, extra, scale, self.softcap
+            )
+        mask = _see_prefix(visible(context, window), extra)
+        if self.implementation == "fused":
+            return jax.nn.dot_product_attention(
+                query, key, value, context.bias, mask[:, None], scale=scale
+            )
+        options = {"scale": scale, "softcap": self.softcap, "bias": context.bias}
+        return grouped_attend(query, key, value, mask, **options)
+
+
+class CausalSelfAttention(ProjectedAttention):
+    """Attention of tokens to themselves, causal unless the context looks around."""
+
     @nn.compact
     def __call__(
         self,
@@ -244,59 +339,9 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             cache = write_cache(cache, key, value, context.start, context.count)
             key, value = (y.astype(query.dtype) for y in read_cache(cache))
-        if prefix is not None:
-            key, value = (
-                _in_front(prefix[name].astype(y.dtype), y)
-                for name, y in (("key", key), ("value", value))
-            )
-        heads = Heads(name="heads")(self._attend(query, key, value, context, window))
-        return self._dense(
-            "out", heads.reshape(*x.shape[:2], -1), x.shape[-1], self.out_bias
-        ), cache
-
-    def _heads(self, name, x, count):
-        y = self._dense(name, x, count * self.head_dim, self.qkv_bias)
-        kind = self.qk_norm if name != "value" else None
-        if kind == "projection":
-            y = self._norm(name)(y)
-        y = y.reshape(*x.shape[:2], count, self.head_dim)
-        return self._norm(name)(y) if kind == "head" else y
-
-    def _norm(self, name):
-        return RmsNorm(
-            self.norm_eps,
-            self.norm_unit_offset,
-            self.dtype,
-            self.param_dtype,
-            name=f"norm_{name}",
-        )
-
-    def _dense(self, name, x, width, bias):
-        return nn.Dense(
-            width,
-            use_bias=bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=_INIT,
-            name=name,
-        )(x)
-
-    def _attend(self, query, key, value, context, window):
-        """[B, L, H, d], by the chosen implementation."""
-        scale = self.head_dim**-0.5 if self.scale is None else self.scale
-        extra = key.shape[1] - context.key_slots.shape[1]
-        if self.implementation == "blocked":
-            return _blocked(
-                query, key, value, context, window, extra, scale, self.softcap
-            )
-        mask = _see_prefix(visible(context, window), extra)
-        if self.implementation == "fused":
-            return jax.nn.dot_product_attention(
-                query, key, value, mask=mask[:, None], scale=scale
-            )
-        return grouped_attend(
-            query, key, value, mask, scale=scale, softcap=self.softcap
-        )
+        key, value = in_front(prefix, key, value)
+        heads = self._attend(query, key, value, context, window)
+        return self._project(heads, x.shape), cache
 
 
 def _blocked(query, key, value, context, window, extra, scale, softcap):
@@ -314,12 +359,16 @@ def _blocked(query, key, value, context, window, extra, scale, softcap):
 
     @jax.checkpoint
     def one(block):
-        query, segments, slots = block
+        query, segments, slots, bias = block
         own = context._replace(query_segments=segments, query_slots=slots, mask=None)
         mask = _see_prefix(visible(own, window), extra)
-        return grouped_attend(query, key, value, mask, scale=scale, softcap=softcap)
+        if bias is not None:
+            bias = jnp.swapaxes(bias, 1, 2)
+        options = {"scale": scale, "softcap": softcap, "bias": bias}
+        return grouped_attend(query, key, value, mask, **options)
 
-    inputs = (query, context.query_segments, context.query_slots)
+    bias = None if context.bias is None else jnp.swapaxes(context.bias, 1, 2)
+    inputs = (query, context.query_segments, context.query_slots, bias)
     out = jnp.moveaxis(jax.lax.map(one, jax.tree.map(cut, inputs)), 0, 1)
     return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length]
 
@@ -329,11 +378,3 @@ def _see_prefix(mask, extra):
     if not extra:
         return mask
     return jnp.pad(mask, ((0, 0), (0, 0), (extra, 0)), constant_values=True)
-
-
-def _in_front(prefix, x):
-    """[P, K, d] or [B, P, K, d] in front of [B, S, K, d]."""
-    shape = (x.shape[0], *prefix.shape[-3:])
-    if prefix.ndim == 3:
-        prefix = prefix[None]
-    return jnp.concatenate([jnp.broadcast_to(prefix, shape), x], axis=1)

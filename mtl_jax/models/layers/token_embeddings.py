@@ -1,7 +1,10 @@
-"""Token embeddings that a tied head can share."""
+"""Token embeddings that a tied head can share, and heads."""
+
+import functools
 
 import chex
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -54,3 +57,43 @@ class TokenEmbeddings(nn.Module):
         """Args: x: [B, L, D]. Returns: [B, L, V] float32 products with every word."""
         table = self.word.embedding.astype(x.dtype)
         return jnp.einsum("bld,vd->blv", x, table, preferred_element_type=jnp.float32)
+
+
+def vocabulary_head(
+    vocab_size: int,
+    dtype: DTypeLike | None,
+    param_dtype: DTypeLike,
+    *,
+    use_bias: bool = False,
+    name: str | None = None,
+) -> nn.Dense:
+    """A head of its own: [B, L, D] to [B, L, V], summed in float32."""
+    dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+    return nn.Dense(
+        vocab_size,
+        use_bias=use_bias,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        kernel_init=_INIT,
+        dot_general=dot,
+        name=name,
+    )
+
+
+class VocabularyBias(nn.Module):
+    """What a tied head adds to its logits.
+
+    Attributes:
+      vocab_size: V.
+      param_dtype: dtype of the parameters.
+    """
+
+    vocab_size: int
+    param_dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, logits: chex.Array) -> chex.Array:
+        """Args: logits: [B, L, V] float32. Returns: [B, L, V] float32."""
+        shape = (self.vocab_size,)
+        bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
+        return logits + bias.astype(jnp.float32)[None, None]
