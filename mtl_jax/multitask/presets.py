@@ -41,9 +41,9 @@ def texts(*, steps: int = 100) -> tuple[Part, Part, Part]:
         "validation": 64,
         "test": 128,
         "pretrained": "minilm",
-        "frozen": ("(^|/)embeddings/", "(^|/)layers_[0-3]/"),
+        "lower": 4,
     }
-    backbone = {"model": "sentence-minilm-l6"}
+    backbone = {"model": "sentence-minilm-l6-top2"}
     training = _training(steps, 24, 1e-4)
     training["optimizer"] |= {"name": "adamw", "clip_norm": 1.0}
     return problem, _hard(backbone), training

@@ -111,6 +111,8 @@ class Bert(nn.Module):
         named "dropout" when `deterministic=False`.
       scan: one scanned block, parameters stacked under `layers`.
       remat: recompute each block's activations in the backward pass.
+      embed: False for the upper blocks of an encoder alone, which read the hidden
+        states [B, L, D] that the lower ones put out in the place of `input_ids`.
       dtype: compute dtype; None follows the parameters.
       param_dtype: dtype of the parameters.
 
@@ -133,6 +135,7 @@ class Bert(nn.Module):
     dropout: float = 0.0
     scan: bool = False
     remat: bool = False
+    embed: bool = True
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
 
@@ -149,7 +152,7 @@ class Bert(nn.Module):
         """Encodes a batch of token sequences.
 
         Args:
-          input_ids: [B, L] integer.
+          input_ids: [B, L] integer, or hidden states, see `embed`.
           attention_mask: [B, L] bool or integer, non-zero = token; None = all.
           token_type_ids: [B, L] integer; None = all 0.
           deterministic: False switches dropout on.
@@ -164,16 +167,19 @@ class Bert(nn.Module):
         """
         self._check(input_ids, attention_mask, token_type_ids)
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x = BertEmbeddings(
-            vocab_size=self.vocab_size,
-            max_positions=self.max_positions,
-            num_token_types=self.num_token_types,
-            width=self.width,
-            norm_eps=self.norm_eps,
-            name="embeddings",
-            **options,
-        )(input_ids, token_type_ids)
-        x = embedded = nn.Dropout(self.dropout, deterministic=deterministic)(x)
+        x = input_ids
+        if self.embed:
+            x = BertEmbeddings(
+                vocab_size=self.vocab_size,
+                max_positions=self.max_positions,
+                num_token_types=self.num_token_types,
+                width=self.width,
+                norm_eps=self.norm_eps,
+                name="embeddings",
+                **options,
+            )(input_ids, token_type_ids)
+            x = nn.Dropout(self.dropout, deterministic=deterministic)(x)
+        embedded = x
 
         def make_block(name):
             return BertBlock(
@@ -199,11 +205,17 @@ class Bert(nn.Module):
         return (embedded, *outputs) if return_hidden else x
 
     def _check(self, input_ids, attention_mask, token_type_ids):
-        if input_ids.ndim != 2:
+        if not self.embed:
+            if input_ids.ndim != 3 or input_ids.shape[2] != self.width:
+                raise ValueError(
+                    f"Bert: without embeddings it reads hidden states [B, L, "
+                    f"{self.width}], found {input_ids.shape}"
+                )
+        elif input_ids.ndim != 2:
             raise ValueError(f"Bert: input_ids must be [B, L], is {input_ids.shape}")
         others = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
         for name, array in others.items():
-            if array is not None and array.shape != input_ids.shape:
+            if array is not None and array.shape != input_ids.shape[:2]:
                 raise ValueError(
                     f"Bert: {name} is {array.shape}, input_ids {input_ids.shape}"
                 )

@@ -137,3 +137,20 @@ def test_dropout_acts_only_when_asked_and_follows_its_key(fill, scan):
 def test_shapes_are_refused_by_name(inputs, message):
     with pytest.raises(ValueError, match=f"Bert: .*{message}"):
         jax.eval_shape(tiny().init, jax.random.key(0), *inputs)
+
+
+def test_upper_blocks_alone():
+    """Below and above, the blocks make the whole."""
+    whole = tiny().clone(depth=3)
+    params = whole.init(jax.random.key(0), IDS, MASK)["params"]
+    upper = whole.clone(depth=2, embed=False)
+    own = {f"layers_{i}": params[f"layers_{i + 1}"] for i in range(2)}
+    hidden = run(whole, params, IDS, MASK, return_hidden=True)
+    np.testing.assert_allclose(run(upper, own, hidden[1], MASK), hidden[3], atol=1e-5)
+    parts = run(upper, own, hidden[1], MASK, return_hidden=True)
+    assert len(parts) == 3
+    np.testing.assert_array_equal(parts[0], hidden[1])
+    shapes = jax.eval_shape(upper.init, jax.random.key(0), hidden[1], MASK)["params"]
+    assert tree.paths(shapes) == tree.paths(own)
+    with pytest.raises(ValueError, match=r"reads hidden states \[B, L, 8\], found"):
+        upper.apply({"params": own}, IDS, MASK)
