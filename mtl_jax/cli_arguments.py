@@ -105,8 +105,8 @@ def _add_generate(add: Callable[..., argparse.ArgumentParser]) -> None:
     generate.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
-        help="a GGUF file, a folder with config.json, tokenizer.json and safetensors "
-        "weights, or smollm2-135m-instruct, which is fetched",
+        help="a GGUF file, a folder with one, or with config.json, tokenizer.json and "
+        "safetensors weights, or smollm2-135m-instruct, which is fetched",
     )
     generate.add_argument(
         "--prompt", required=True, help="the text to continue; - reads standard input"
@@ -134,6 +134,11 @@ def _add_generate(add: Callable[..., argparse.ArgumentParser]) -> None:
         generate.add_argument(
             name, metavar=metavar, type=kind, default=default, help=text + shown
         )
+    generate.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of weights and computation (default: float32)",
+    )
     generate.add_argument(
         "--stop",
         metavar="TEXT",

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
+from jax.typing import DTypeLike
 
-from mtl_jax.io import safetensors
-from mtl_jax.io.names import NameTable
+from mtl_jax.io import gguf, safetensors
+from mtl_jax.io.names import NameTable, of_config
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -16,29 +17,57 @@ _CONFIG = "config.json"
 
 
 def load_pretrained(
-    path: epath.PathLike, table: NameTable, like: Any = None
+    path: epath.PathLike,
+    table: NameTable | None = None,
+    like: Any = None,
+    *,
+    dtype: DTypeLike | None = None,
 ) -> dict[str, Any]:
     """Reads a checkpoint into the parameters of one of our backbones.
 
     Args:
-      path: a safetensors file, or a folder with `model.safetensors` or with shards
-        and their index.
-      table: layout of the checkpoint, from `io.names`.
+      path: a safetensors file, a GGUF file (`*.gguf`), or a folder with
+        `model.safetensors`, with shards and their index, or else with one GGUF file.
+      table: layout of the checkpoint, from `io.names`. None: as the metadata of a GGUF
+        file or the `config.json` of a folder say.
       like: parameters or their `jax.eval_shape`, unrolled or scanned; gives
         structure, shapes, dtypes and shardings, and lets every fault be named. None:
         whatever layers the file holds, unrolled, in its own dtypes.
+      dtype: what floating-point leaves are cast to, one after the other as they are
+        read: "bfloat16" never holds the float32 that a quantised file decodes to. None
+        = as `like` or the file say.
 
     Returns:
       Nested dict of JAX arrays, to be used as `params`.
 
     Raises:
       FileNotFoundError: if there is nothing to read.
-      ValueError: for a corrupt file, or listing every tensor that is missing,
-        unexpected or of the wrong shape.
+      ValueError: for a corrupt file, a layout that is not known, or listing every
+        tensor that is missing, unexpected or of the wrong shape.
     """
     path = epath.Path(path)
-    tensors = _open(path)
-    return table.load(tensors, like, where=f"load_pretrained: {path}")
+    where = f"load_pretrained: {path}"
+    file = gguf_in(path)
+    if table is None:
+        if file:
+            return gguf.load(file, like, dtype=dtype)
+        if path.is_file():
+            raise ValueError(f"{where}: a single file needs a table of io.names")
+        table = of_config(read_config(path), where=where)
+    tensors = gguf.GgufFile(file) if file else _open(path)
+    return table.load(tensors, like, dtype=dtype, where=where)
+
+
+def gguf_in(path: epath.PathLike) -> epath.Path | None:
+    """The GGUF file that `load_pretrained` reads at a path; None = safetensors.
+
+    Raises:
+      ValueError: for a folder with several and no safetensors.
+    """
+    path = epath.Path(path)
+    if any((path / name).is_file() for name in (_WEIGHTS, _INDEX)):
+        return None
+    return gguf.find(path)
 
 
 def save_pretrained(
@@ -115,7 +144,7 @@ def _open(path):
     found = sorted(child.name for child in path.iterdir())
     raise FileNotFoundError(
         f"{path} has neither {_WEIGHTS} nor {_INDEX}; found: "
-        f"{', '.join(found) or 'nothing'} (only safetensors weights are read)"
+        f"{', '.join(found) or 'nothing'} (only safetensors and GGUF are read)"
     )
 
 

@@ -15,21 +15,13 @@ from etils import epath
 
 from mtl_jax import decoding, io, models
 from mtl_jax.decoding import logits
+from mtl_jax.io.pretrained import gguf_in
 from mtl_jax.zoo import language
 
 if TYPE_CHECKING:
     import tokenizers
 
 _KNOWN = {"smollm2-135m-instruct": language.smollm2}
-_TABLES = {
-    "gemma": io.names.gemma,
-    "gemma2": io.names.gemma2,
-    "gpt2": io.names.gpt2,
-    "llama": io.names.llama,
-    "olmoe": io.names.olmoe,
-    "qwen2": io.names.qwen2,
-    "qwen3": io.names.qwen3,
-}
 _SAMPLING = {
     "top_k": logits.top_k,
     "top_p": logits.top_p,
@@ -59,13 +51,16 @@ def open_checkpoint(
     name: str,
     *,
     chat: bool = False,
+    dtype: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Checkpoint:
     """Reads a model with its tokenizer.
 
     Args:
-      name: a GGUF file, a folder as `transformers` writes them, or a known name.
-      chat: its chat format is wanted.
+      name: a GGUF file or a folder with one, a folder as `transformers` writes them,
+        or a known name.
+      chat: its chat format is wanted, and what ends a turn ends a text.
+      dtype: of parameters and computation; None = float32.
       progress: receives a line about each download.
 
     Returns:
@@ -77,17 +72,18 @@ def open_checkpoint(
         parts that do not belong together.
     """
     path = epath.Path(name)
+    options = {"scan": True} | ({} if dtype is None else {"param_dtype": dtype})
     if not path.exists():
         if name not in _KNOWN:
             raise FileNotFoundError(
                 f"no such file or folder: {name}; models known by name: "
                 f"{', '.join(_KNOWN)}"
             )
-        found = _of_model(_KNOWN[name](scan=True, progress=progress))
+        found = _of_model(_KNOWN[name](progress=progress, **options), chat)
+    elif gguf := gguf_in(path):
+        found = _of_model(language.open_gguf(gguf, **options), chat)
     elif path.is_dir():
-        found = _open_folder(path, chat)
-    elif path.suffix == ".gguf":
-        found = _of_model(language.open_gguf(path, scan=True))
+        found = _open_folder(path, chat, options)
     else:
         raise ValueError(f"{name} is neither a folder nor a GGUF file (*.gguf)")
     _check_vocabulary(name, found.tokenizer, found.module)
@@ -96,21 +92,17 @@ def open_checkpoint(
     return found
 
 
-def _of_model(model):
-    end = model.special["eos"]
-    ends = () if end is None else (end,)
+def _of_model(model, chat):
+    roles = ("eos", "end_of_turn") if chat else ("eos",)
+    found = (model.special[role] for role in roles)
+    ends = tuple(dict.fromkeys(end for end in found if end is not None))
     return Checkpoint(model.module, model.params, model.tokenizer, ends, model.chat)
 
 
-def _open_folder(path, chat):
+def _open_folder(path, chat, options):
     config = io.read_config(path)
-    kind = config.get("model_type")
-    if kind not in _TABLES:
-        raise ValueError(
-            f"{path}: model_type {kind!r} is not supported, only {', '.join(_TABLES)}"
-        )
-    table = _TABLES[kind]
-    module = models.build(table.model, **table.options(config), scan=True)
+    table = io.names.of_config(config, model="decoder", where=str(path))
+    module = models.build(table.model, **{**table.options(config), **options})
     tokenizer = io.load_tokenizer(path)
     # Before the weights are read, which can take long.
     _check_vocabulary(path, tokenizer, module)
@@ -159,7 +151,9 @@ def main(args: argparse.Namespace) -> None:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not prompt:
         raise ValueError("the prompt is empty")
-    model = open_checkpoint(args.checkpoint, chat=args.chat, progress=_say)
+    model = open_checkpoint(
+        args.checkpoint, chat=args.chat, dtype=args.dtype, progress=_say
+    )
     ids = _encode(model, prompt, args)
     context = model.module.max_positions
     room = context - len(ids)

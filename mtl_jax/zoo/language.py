@@ -28,8 +28,8 @@ class LanguageModel:
       params: all leaves.
       tokenizer: text to token numbers and back.
       chat: how a conversation becomes text; None where the checkpoint has no template.
-      special: numbers of the tokens for `bos`, `eos`, `unknown` and `padding`; None
-        where there is none.
+      special: numbers of the tokens for `bos`, `eos`, `end_of_turn`, `unknown` and
+        `padding`; None where there is none.
     """
 
     name: str
@@ -50,7 +50,7 @@ def open_gguf(
     """Reads a language model from a GGUF file, each leaf straight into its place.
 
     Args:
-      path: the file.
+      path: the file, or a folder with one.
       name: of the model; "" takes what the file calls itself.
       mesh: places the parameters by the sharding rules of the backbone; None leaves
         them on the default device.
@@ -65,7 +65,7 @@ def open_gguf(
       ValueError: for a file that is corrupt or not supported, or options that do not
         exist.
     """
-    file = io.gguf.GgufFile(path)
+    file = io.gguf.GgufFile(io.gguf.find(path) or path)
     table = io.gguf.name_table(file)
     module = models.build(table.model, **{**table.options(file.metadata), **options})
     tokenizer = io.gguf.tokenizer(file)

@@ -142,3 +142,64 @@ def test_unwritable_folder_is_named(tmp_path, params):
     (tmp_path / "taken").write_bytes(b"")
     with pytest.raises(OSError, match="cannot make .*taken"):
         io.save_pretrained(tmp_path / "taken" / "x", params, io.names.bert)
+
+
+def test_the_layout_that_the_configuration_names(tmp_path, params):
+    io.save_pretrained(
+        tmp_path, params, io.names.bert, config={**CONFIG, "model_type": "bert"}
+    )
+    assert_same(io.load_pretrained(tmp_path), params)
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(ValueError, match="model_type 'mamba' is not supported, only b"):
+        io.load_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a single file needs a table"):
+        io.load_pretrained(tmp_path / "model.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        io.load_pretrained(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", jnp.float16])
+def test_the_dtype_that_is_asked_for(tmp_path, params, dtype):
+    path = tmp_path / "x.safetensors"
+    io.save_pretrained(path, params, io.names.bert)
+    want = jax.tree.map(lambda x: jnp.asarray(x).astype(dtype), params)
+    for like in (None, params):
+        got = io.load_pretrained(path, io.names.bert, like, dtype=dtype)
+        assert {x.dtype for x in jax.tree.leaves(got)} == {jnp.dtype(dtype)}
+        assert_same(got, want)
+
+
+GGUF = {
+    "general.architecture": "llama",
+    "llama.context_length": 16,
+    "llama.embedding_length": 32,
+    "llama.block_count": 1,
+    "llama.feed_forward_length": 64,
+    "llama.attention.head_count": 2,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.vocab_size": 12,
+}
+
+
+def test_gguf_files_and_folders_with_one(tmp_path):
+    table = io.names.gguf_llama(GGUF, tied=True)
+    module = models.build(table.model, **table.options(GGUF))
+    ids = jnp.zeros((1, 3), jnp.int32)
+    like = jax.eval_shape(module.init, jax.random.key(0), ids)["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), like)
+    path = tmp_path / "a.gguf"
+    io.gguf.save(path, table.save(params), GGUF)
+    for place in (path, tmp_path):
+        assert_same(io.load_pretrained(place), params)
+        assert_same(io.load_pretrained(place, table, like), params)
+    half = io.load_pretrained(tmp_path, dtype="bfloat16")
+    assert {x.dtype for x in jax.tree.leaves(half)} == {jnp.dtype("bfloat16")}
+
+    io.gguf.save(tmp_path / "b.gguf", table.save(params), GGUF)
+    with pytest.raises(ValueError, match=r"which of a\.gguf, b\.gguf"):
+        io.load_pretrained(tmp_path)
+    # Safetensors come first.
+    other = jax.tree.map(lambda x: 2 * x, params)
+    io.save_pretrained(tmp_path, other, io.names.llama)
+    assert_same(io.load_pretrained(tmp_path, io.names.llama, like), other)

@@ -95,7 +95,8 @@ def test_known_token_numbers(model):
     encode = model.tokenizer.encode
     assert encode("Hello 2024 world").ids == [19556, 216, 34, 32, 34, 36, 905]
     assert encode("<|im_start|>user").ids == [1, 4093]
-    assert model.special == {"bos": 1, "eos": 2, "unknown": 0, "padding": 2}
+    roles = {"bos": 1, "eos": 2, "unknown": 0, "padding": 2, "end_of_turn": 2}
+    assert model.special == roles
     for text in corpus():
         ids = encode(text).ids
         assert model.tokenizer.decode(ids, skip_special_tokens=False) == text

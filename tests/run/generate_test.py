@@ -147,6 +147,13 @@ def damaged(checkpoint, tmp_path):
             (folder / "tokenizer_config.json").write_text("{}")
         elif what == "ends":
             config["eos_token_id"] = "</s>"
+        elif what == "weights":
+            weights = (checkpoint / "model.safetensors").read_bytes()
+            (folder / "model.safetensors").unlink()
+            (folder / "model.safetensors").write_bytes(weights[:-1])
+        elif what == "header":
+            (folder / "model.safetensors").unlink()
+            (folder / "model.safetensors").write_bytes((1 << 62).to_bytes(8, "little"))
         (folder / "config.json").unlink()
         (folder / "config.json").write_text(json.dumps(config))
         return folder
@@ -171,6 +178,8 @@ def damaged(checkpoint, tmp_path):
         ("kind", ["--prompt", "a"], "model_type 'mamba' is not supported"),
         ("template", ["--prompt", "a", "--chat"], "has no chat template"),
         ("ends", ["--prompt", "a"], "eos_token_id is '</s>'"),
+        ("weights", ["--prompt", "a"], "model.safetensors: "),
+        ("header", ["--prompt", "a"], "above the limit"),
     ],
 )
 def test_a_mistake_is_one_line(checkpoint, damaged, capsys, what, arguments, message):
@@ -195,3 +204,67 @@ def test_a_checkpoint_that_is_none(tmp_path, monkeypatch, name, message):
         (tmp_path / file).write_text("nothing")
     with pytest.raises((ValueError, OSError), match=message):
         generate.open_checkpoint(name)
+
+
+def gguf_folder(folder, **changes):
+    """Writes one GGUF file, whose token 10 is the usual one that ends a turn."""
+    metadata = {
+        "general.architecture": "llama",
+        "llama.context_length": 24,
+        "llama.embedding_length": 8,
+        "llama.block_count": 1,
+        "llama.feed_forward_length": 12,
+        "llama.attention.head_count": 2,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": ["<s>", "</s>", *"abcdefg", "ab", "<|im_end|>"],
+        "tokenizer.ggml.token_type": np.array([3, 3] + 8 * [1] + [3], np.int32),
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.chat_template": "{{ messages[0].content }}",
+        **changes,
+    }
+    table = io.names.gguf_llama(metadata, tied=True)
+    module = models.build(table.model, **table.options(metadata))
+    ids = jnp.zeros((1, 1), jnp.int32)
+    like = jax.eval_shape(module.init, jax.random.key(0), ids)["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), like)
+    for part in ("attention", "mlp"):  # A token is followed by the nearest to it.
+        params["layers_0"][part]["out"]["kernel"][...] = 0
+    params["norm"]["scale"][...] = 1
+    word = params["embeddings"]["word"]["embedding"]
+    word[10] = 5 * word[9]
+    io.gguf.save(folder / "x.gguf", table.save(params), metadata)
+    return folder
+
+
+def test_an_answer_ends_with_its_turn(tmp_path, capsys):
+    folder = gguf_folder(tmp_path)
+    for chat, ends in ((False, (1,)), (True, (1, 10))):
+        assert generate.open_checkpoint(str(folder), chat=chat).ends == ends
+    command = (folder, "--prompt", "ab", "--max-new-tokens", 4)
+    assert "1 + 4 tokens" in run(capsys, *command)[1]
+    out, said = run(capsys, *command, "--chat")
+    assert out == "\n" and "1 + 1 tokens" in said
+    again = gguf_folder(tmp_path, **{"tokenizer.ggml.eot_token_id": 1})
+    assert generate.open_checkpoint(str(again), chat=True).ends == (1,)
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_weights_of_half_the_size(checkpoint, tmp_path, capsys, kind):
+    folder = checkpoint if kind == "folder" else gguf_folder(tmp_path)
+    half = generate.open_checkpoint(str(folder), dtype="bfloat16")
+    assert {x.dtype for x in jax.tree.leaves(half.params)} == {jnp.dtype("bfloat16")}
+    command = (folder, "--prompt", "ab", "--max-new-tokens", 4)
+    out, _ = run(capsys, *command, "--dtype", "bfloat16")
+    model = decoding.from_decoder(half.module)
+    rows = decoding.generate(
+        model,
+        half.params,
+        [half.tokenizer.encode("ab").ids],
+        max_new_tokens=4,
+        stop=half.ends,
+    ).rows()
+    assert out == half.tokenizer.decode(rows[0]) + "\n"

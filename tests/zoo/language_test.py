@@ -59,7 +59,7 @@ def saved(tmp_path_factory):
 
 def test_model_tokenizer_and_template_fit_together(saved):
     path, params = saved
-    found = zoo.open_gguf(path)
+    found = zoo.open_gguf(path.parent)
     assert found.name == "tiny"
     jax.tree.map(np.testing.assert_array_equal, found.params, params)
     got = found.module.apply({"params": found.params}, IDS)
@@ -68,7 +68,13 @@ def test_model_tokenizer_and_template_fit_together(saved):
     text = found.chat.render([{"role": "user", "content": "abcd"}])
     assert text == "<s>abcd"
     assert found.tokenizer.encode(text, add_special_tokens=False).ids == [0, 30]
-    assert found.special == {"bos": 0, "eos": 1, "unknown": None, "padding": None}
+    assert found.special == {
+        "bos": 0,
+        "eos": 1,
+        "unknown": None,
+        "padding": None,
+        "end_of_turn": None,
+    }
 
 
 def test_options_beside_those_of_the_file(saved):

@@ -3,6 +3,7 @@
 from typing import Any
 
 from etils import epath
+from jax.typing import DTypeLike
 
 from mtl_jax.io.gguf._reader import GgufFile
 from mtl_jax.io.names._gguf_llama import gguf_llama
@@ -50,7 +51,32 @@ def name_table(file: GgufFile) -> NameTable:
     return table
 
 
-def load(path: epath.PathLike | GgufFile, like: Any = None) -> dict[str, Any]:
+def find(path: epath.PathLike) -> epath.Path | None:
+    """The GGUF file that a path means: itself, or the only one in a folder.
+
+    Returns:
+      A path that ends in `.gguf`, or None.
+
+    Raises:
+      ValueError: for a folder with several, naming them.
+    """
+    path = epath.Path(path)
+    if path.suffix == ".gguf" and not path.is_dir():
+        return path
+    if not path.is_dir():
+        return None
+    found = sorted(p.name for p in path.iterdir() if p.suffix == ".gguf")
+    if len(found) > 1:
+        raise ValueError(f"{path}: which of {', '.join(found)}?")
+    return path / found[0] if found else None
+
+
+def load(
+    path: epath.PathLike | GgufFile,
+    like: Any = None,
+    *,
+    dtype: DTypeLike | None = None,
+) -> dict[str, Any]:
     """Reads a file into the parameters of one of our backbones, leaf by leaf.
 
     Each leaf is decoded straight into its place, so that the host holds the tree, one
@@ -61,6 +87,7 @@ def load(path: epath.PathLike | GgufFile, like: Any = None) -> dict[str, Any]:
       like: parameters or their `jax.eval_shape`, unrolled or scanned; gives structure,
         shapes, dtypes and shardings. None: unrolled, in the dtypes of the file, where
         quantised tensors are float32.
+      dtype: of floating-point leaves; see `NameTable.load`.
 
     Returns:
       Nested dict of JAX arrays, to be used as `params`.
@@ -71,4 +98,5 @@ def load(path: epath.PathLike | GgufFile, like: Any = None) -> dict[str, Any]:
         missing, unexpected or of the wrong shape.
     """
     file = path if isinstance(path, GgufFile) else GgufFile(path)
-    return name_table(file).load(file, like, where=f"gguf.load: {file.path}")
+    where = f"gguf.load: {file.path}"
+    return name_table(file).load(file, like, dtype=dtype, where=where)

@@ -37,6 +37,8 @@ _PRE = {
 }
 _SPACE = "\u2581"
 _ROLES = ("bos", "eos", "unknown", "padding")
+# What ends a turn of a conversation, where a file does not say so.
+_ENDS_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 
 
 def tokenizer(file: GgufFile) -> "tokenizers.Tokenizer":
@@ -78,13 +80,18 @@ def tokenizer(file: GgufFile) -> "tokenizers.Tokenizer":
 
 
 def special_tokens(file: GgufFile) -> dict[str, str | None]:
-    """The tokens that have a role in a file: bos, eos, unknown and padding.
+    """The tokens that have a role in a file.
+
+    Returns:
+      bos, eos, unknown, padding and end_of_turn, each a token or None. A file that
+      does not say what ends a turn may have one of the usual control tokens for it.
 
     Raises:
       ValueError: if the file has no vocabulary, or a number is outside of it.
     """
     vocabulary = _Vocabulary(file)
-    return {name: vocabulary.special(name) for name in _ROLES}
+    out = {name: vocabulary.special(name) for name in _ROLES}
+    return {**out, "end_of_turn": vocabulary.special("eot") or vocabulary.turn()}
 
 
 class _Vocabulary:
@@ -148,6 +155,13 @@ class _Vocabulary:
                 f"{_KEY}{key} is {number!r}, but there are {len(self.tokens)} tokens"
             )
         return self.tokens[number]
+
+    def turn(self) -> str | None:
+        """The usual control token that ends a turn."""
+        known = (self.ids.get(token) for token in _ENDS_OF_TURN)
+        control = (i for i in known if i is not None and self.types[i] == _CONTROL)
+        number = next(control, None)
+        return None if number is None else self.tokens[number]
 
 
 def _byte_level(vocabulary):

@@ -6,6 +6,7 @@ from mtl_jax.io.names._clip import clip, clip_text, clip_vision
 from mtl_jax.io.names._gemma import gemma, gemma2
 from mtl_jax.io.names._gguf_llama import gguf_llama
 from mtl_jax.io.names._gpt2 import gpt2
+from mtl_jax.io.names._known import of_config
 from mtl_jax.io.names._llama import llama
 from mtl_jax.io.names._olmoe import olmoe
 from mtl_jax.io.names._qwen import qwen2, qwen3
@@ -26,6 +27,7 @@ __all__ = [
     "gguf_llama",
     "gpt2",
     "llama",
+    "of_config",
     "olmoe",
     "qwen2",
     "qwen3",

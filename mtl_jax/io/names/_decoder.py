@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from jax.typing import DTypeLike
+
 from mtl_jax.io.names._config import choose, take
 from mtl_jax.io.names._leaves import HostLeaf
 from mtl_jax.io.names._table import TRANSPOSE, NameTable, Rule
@@ -61,6 +63,7 @@ class DecoderTable(NameTable):
         tensors: Mapping[str, Any],
         like: Any = None,
         *,
+        dtype: DTypeLike | None = None,
         where: str = "NameTable.load",
     ) -> dict[str, Any]:
         """See `NameTable.load`; given `like`, only the head may be left over."""
@@ -73,7 +76,7 @@ class DecoderTable(NameTable):
             table = dataclasses.replace(self, rules=rules)
         if self.group is not None:
             tensors = self.group(tensors, where)
-        return NameTable.load(table, tensors, like, where=where)
+        return NameTable.load(table, tensors, like, dtype=dtype, where=where)
 
     def save(self, params: Any) -> dict[str, HostLeaf]:
         """See `NameTable.save`."""

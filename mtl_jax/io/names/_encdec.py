@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from mtl_jax import tree as tree_lib
 from mtl_jax.io.names._decoder import HEAD, DecoderTable, LazyTensors
@@ -29,6 +30,7 @@ class EncDecTable(DecoderTable):
         tensors: Mapping[str, Any],
         like: Any = None,
         *,
+        dtype: DTypeLike | None = None,
         where: str = "NameTable.load",
     ) -> dict[str, Any]:
         """See `NameTable.load`.
@@ -59,7 +61,9 @@ class EncDecTable(DecoderTable):
                 readers.setdefault(HEAD.name, embedding)
             if wanted is not None and "head/bias" in wanted:
                 readers.setdefault(_LOGITS_BIAS, lambda: _no_bias(embedding()))
-        return DecoderTable.load(self, LazyTensors(readers), like, where=where)
+        # Not `tensors`: the readers read from those given.
+        whole = LazyTensors(readers)
+        return DecoderTable.load(self, whole, like, dtype=dtype, where=where)
 
     def _whole(self, name):
         outside = name in (HEAD.name, _LOGITS_BIAS)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from mtl_jax import tree as tree_lib
 from mtl_jax.io.names._leaves import (
@@ -130,6 +131,7 @@ class NameTable:
         tensors: Mapping[str, Any],
         like: Any = None,
         *,
+        dtype: DTypeLike | None = None,
         where: str = "NameTable.load",
     ) -> dict[str, Any]:
         """Foreign tensors to parameters.
@@ -145,6 +147,8 @@ class NameTable:
             structure, shapes and dtypes are those of the result, and its shardings
             where it has any. None: the unrolled parameters that the file holds, in
             its dtypes.
+          dtype: what floating-point leaves are cast to as they are read, whatever the
+            file and `like` have; None = as they say.
           where: what an error begins with.
 
         Returns:
@@ -179,7 +183,7 @@ class NameTable:
 
         def leaf_of(path, leaf):
             """One buffer, filled layer by layer where layers are stacked."""
-            out = empty(path, leaf.shape, np.dtype(leaf.dtype))
+            out = empty(path, leaf.shape, _dtype_of(leaf, dtype))
             if match := _SCANNED.fullmatch(path):
                 for i in range(len(out)):
                     fill(f"{match[1]}layers_{i}/{match[2]}", out[i])
@@ -291,6 +295,11 @@ def tree_of(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 def _fill(template, match):
     return template.replace("{i}", str(int(match[1]))) if match.groups() else template
+
+
+def _dtype_of(leaf, dtype):
+    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return np.dtype(leaf.dtype) if dtype is None or not floating else jnp.dtype(dtype)
 
 
 def _depth(template, paths):

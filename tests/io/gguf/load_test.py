@@ -133,6 +133,32 @@ def test_host_memory_beside_the_tree_is_at_most_one_leaf(tmp_path, scan, dtype):
     assert peak <= 1.3 * largest + min(left, kept)
 
 
+def test_the_dtype_that_is_asked_for_is_rounded_to_once(tmp_path):
+    path = tmp_path / "x.gguf"
+    write(path, "Q4_1")
+    whole = gguf.load(path)
+    half = gguf.load(path, dtype="bfloat16")
+    assert {x.dtype for x in jax.tree.leaves(half)} == {jnp.dtype("bfloat16")}
+    want = jax.tree.map(lambda x: x.astype(jnp.bfloat16), whole)
+    assert_close(half, want, 0)
+    like = abstract(metadata(), scan=True)  # float32
+    scanned = gguf.load(path, like, dtype=jnp.bfloat16)
+    assert_close(scanned, models.stack_layers(want), 0)
+
+
+@pytest.mark.fast
+def test_the_only_file_of_a_folder(tmp_path):
+    assert gguf.find(tmp_path) is None
+    assert gguf.find(tmp_path / "weights.bin") is None
+    assert gguf.find(tmp_path / "none.gguf") == tmp_path / "none.gguf"
+    (tmp_path / "readme.md").touch()
+    (tmp_path / "b.gguf").touch()
+    assert gguf.find(tmp_path) == tmp_path / "b.gguf"
+    (tmp_path / "a.gguf").touch()
+    with pytest.raises(ValueError, match=r"which of a\.gguf, b\.gguf\?"):
+        gguf.find(tmp_path)
+
+
 RSS = '''
 import json, pathlib, sys
 import jax
@@ -141,10 +167,10 @@ from mtl_jax import models
 from mtl_jax.io import gguf
 
 
-def high():
-    """Most pages that this program has had resident, without its parent's."""
+def status(field):
+    """Bytes resident: VmRSS now, VmHWM at most so far, without its parent's."""
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(s.split()[1]) for s in lines if s.startswith("VmHWM"))
+    return 1024 * next(int(s.split()[1]) for s in lines if s.startswith(field))
 
 
 path, scan = sys.argv[1], sys.argv[2] == "scan"
@@ -154,9 +180,9 @@ options = table.options(file.metadata)
 module = models.build(table.model, scan=scan, **options)
 like = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
 jnp.zeros(1).block_until_ready()
-before = high()
+before = status("VmRSS")
 params = gguf.load(file, like["params"])
-grown = high() - before
+grown = status("VmHWM") - before
 sizes = [x.nbytes for x in jax.tree.leaves(params)]
 print(json.dumps([grown, sum(sizes), max(sizes)]))
 '''
@@ -176,5 +202,7 @@ def test_resident_memory_of_an_import(tmp_path, scan):
     )
     grown, tree, largest = json.loads(done.stdout.splitlines()[-1])
     bound = path.stat().st_size + tree + 1.3 * largest
-    assert grown >= tree > 100 << 20
+    # The tree was seen. Small leaves may lie in pages that were resident before, and
+    # the kernel counts pages of several threads a few MiB inexactly.
+    assert grown >= 0.95 * tree and tree > 100 << 20
     assert grown <= bound, (grown >> 20, tree >> 20, largest >> 20)

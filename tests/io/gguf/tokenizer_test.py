@@ -265,7 +265,23 @@ def test_special_tokens_by_role(tmp_path):
         "eos": "<|end|>",
         "unknown": None,
         "padding": None,
+        "end_of_turn": None,
     }
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|eot_id|>", "<end_of_turn>"])
+def test_what_ends_a_turn(tmp_path, token):
+    """As the file says, or else by its usual name, if it is a control token."""
+    vocabulary = byte_level()
+    tokens, types = [*vocabulary["tokens"], token], vocabulary["token_type"]
+    for kind, found in ((CONTROL, token), (NORMAL, None)):
+        own = byte_level(tokens=tokens, token_type=np.append(types, np.int32(kind)))
+        assert gguf.special_tokens(opened(tmp_path, own))["end_of_turn"] == found
+        said = opened(tmp_path, {**own, "eot_token_id": 1})
+        assert gguf.special_tokens(said)["end_of_turn"] == "<|start|>"
+    wrong = opened(tmp_path, byte_level(eot_token_id=9999))
+    with pytest.raises(ValueError, match="eot_token_id is 9999, but there are"):
+        gguf.special_tokens(wrong)
 
 
 @pytest.mark.reference
