@@ -39,7 +39,7 @@ def texts(*, steps: int = 100) -> tuple[Part, Part, Part]:
         "name": "text_six",
         "train": 600,
         "validation": 64,
-        "test": 128,
+        "test": 384,
         "pretrained": "minilm",
         "lower": 4,
     }
