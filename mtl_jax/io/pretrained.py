@@ -2,6 +2,7 @@
 
 import collections
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,35 +77,62 @@ def save_pretrained(
     table: NameTable,
     *,
     config: Mapping[str, Any] | None = None,
+    shard_bytes: int | None = None,
 ) -> None:
     """Writes parameters in a foreign layout.
 
     Args:
       path: a file ending in `.safetensors`, or a folder (made if need be) that gets
-        `model.safetensors`.
+        `model.safetensors` or shards with their index.
       params: parameters, unrolled or scanned.
       table: layout to write.
       config: contents of `config.json`, for a folder.
+      shard_bytes: at most so many bytes of tensors in a file of a folder, or one
+        tensor; None = one file.
 
     Raises:
-      ValueError: listing the leaves that the table does not cover, or for a config
-        beside a single file.
+      ValueError: listing the leaves that the table does not cover, or for a config or
+        shards beside a single file.
       OSError: if the file cannot be written.
     """
     path = epath.Path(path)
     tensors = table.save(params)
     if path.suffix == ".safetensors":
-        if config is not None:
-            raise ValueError("save_pretrained: config needs a folder, not a file")
+        if config is not None or shard_bytes is not None:
+            what = "shards need" if config is None else "config needs"
+            raise ValueError(f"save_pretrained: {what} a folder, not a file")
         safetensors.save(path, tensors, {"format": "pt"})
         return
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"cannot make {path}: {error.strerror or error}") from error
-    safetensors.save(path / _WEIGHTS, tensors, {"format": "pt"})
+    if shard_bytes is None:
+        safetensors.save(path / _WEIGHTS, tensors, {"format": "pt"})
+        (path / _INDEX).unlink(missing_ok=True)
+    else:
+        _save_shards(path, tensors, shard_bytes)
+        (path / _WEIGHTS).unlink(missing_ok=True)
     if config is not None:
         (path / _CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n")
+
+
+def _save_shards(path, tensors, limit):
+    """Files that are filled one after the other, then their index."""
+    shards, room = [], 0
+    for name, leaf in tensors.items():
+        size = math.prod(leaf.shape) * leaf.dtype.itemsize
+        if not shards or size > room:
+            shards.append({})
+            room = limit
+        shards[-1][name] = leaf
+        room -= size
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        safetensors.save(path / file, shard, {"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    (path / _INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def read_config(path: epath.PathLike) -> dict[str, Any]:

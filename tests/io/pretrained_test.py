@@ -59,6 +59,8 @@ def test_single_file_round_trip(tmp_path, params):
     assert_same(io.load_pretrained(path, io.names.bert, params), params)
     with pytest.raises(ValueError, match="config needs a folder"):
         io.save_pretrained(path, params, io.names.bert, config=CONFIG)
+    with pytest.raises(ValueError, match="shards need a folder"):
+        io.save_pretrained(path, params, io.names.bert, shard_bytes=9)
 
 
 def test_sharded_like_is_filled_in_place(tmp_path, params):
@@ -95,6 +97,31 @@ def write_index(folder, weight_map):
 def test_shards_are_read_as_one(tmp_path, params):
     write_index(tmp_path, shard(tmp_path, params))
     assert_same(io.load_pretrained(tmp_path, io.names.bert), params)
+
+
+def test_shards_are_written_up_to_a_size(tmp_path, params):
+    def files():
+        return sorted(x.name for x in tmp_path.iterdir())
+
+    io.save_pretrained(tmp_path, params, io.names.bert)
+    io.save_pretrained(tmp_path, params, io.names.bert, shard_bytes=1000)
+    assert files()[0] == "model-00001-of-00006.safetensors"
+    assert "model.safetensors" not in files() and len(files()) == 7
+    sizes = []
+    for name in files()[:-1]:
+        file = io.safetensors.SafetensorsFile(tmp_path / name)
+        sizes.append(sum(x.nbytes for x in file.values()))
+    assert sum(sizes) == sum(x.nbytes for x in jax.tree.leaves(params))
+    assert max(sizes) <= 1000
+    assert_same(io.load_pretrained(tmp_path, io.names.bert), params)
+    # A tensor that is larger has a file of its own.
+    io.save_pretrained(tmp_path / "one", params, io.names.bert, shard_bytes=1)
+    count = len(io.names.bert.save(params))
+    assert len(list((tmp_path / "one").iterdir())) == count + 1
+    # One file takes the place of the shards.
+    twice = jax.tree.map(lambda x: 2 * x, params)
+    io.save_pretrained(tmp_path, twice, io.names.bert)
+    assert_same(io.load_pretrained(tmp_path, io.names.bert), twice)
 
 
 def test_faults_of_an_index_are_named(tmp_path, params):

@@ -82,6 +82,11 @@ CASES = {
         },
     ),
     "qwen3": ("Qwen3ForCausalLM", "qwen3", HEAD_6),
+    "qwen3-tied": (
+        "Qwen3ForCausalLM",
+        "qwen3",
+        {**HEAD_6, "tie_word_embeddings": True},
+    ),
     "gemma": ("GemmaForCausalLM", "gemma", HEAD_6),
     "gemma2": (
         "Gemma2ForCausalLM",
@@ -95,6 +100,11 @@ CASES = {
         },
     ),
     "gpt2": ("GPT2LMHeadModel", "gpt2", GPT_2),
+    "gpt2-untied": (
+        "GPT2LMHeadModel",
+        "gpt2",
+        {**GPT_2, "tie_word_embeddings": False},
+    ),
     "gpt2-relu": (
         "GPT2LMHeadModel",
         "gpt2",
