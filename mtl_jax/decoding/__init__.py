@@ -5,6 +5,7 @@ Any model takes part that can read a prompt and then one token after the other
 """
 
 from mtl_jax.decoding import logits
+from mtl_jax.decoding._ahead import generation_fn
 from mtl_jax.decoding._beam import Beams, beam_search
 from mtl_jax.decoding._generate import Generation, Reason, generate, stream
 from mtl_jax.decoding._models import (
@@ -50,6 +51,7 @@ __all__ = [
     "from_decoder",
     "fused",
     "generate",
+    "generation_fn",
     "logits",
     "pad_candidates",
     "pad_prompts",

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from mtl_jax import models
+from mtl_jax import models, placement
+from mtl_jax.models.backbones.decoder import CACHE_RULES
 
 
 class Recorded(NamedTuple):
@@ -105,9 +106,10 @@ class DecoderModel:
         return self.module.vocab_size
 
     def init_cache(self, params, batch, length):
-        """See `StepModel`."""
+        """See `StepModel`. Split over the mesh in context, see `placement`."""
         del params
-        return models.init_cache(self.module, batch, length, self.cache_dtype)
+        cache = models.init_cache(self.module, batch, length, self.cache_dtype)
+        return placement.keep_by_rules(cache, CACHE_RULES)
 
     def prefill(self, params, ids, lengths, cache):
         """See `StepModel`."""

@@ -3,6 +3,9 @@
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from mtl_jax import placement, tree
 
 
 def token_cross_entropy(
@@ -41,25 +44,28 @@ def token_cross_entropy(
     _check(hidden, kernel, labels, weights)
     if chunk < 1:
         raise ValueError(f"token_cross_entropy: chunk must be 1 or more, is {chunk}")
-    kernel = kernel.astype(hidden.dtype)
-    length = labels.shape[1]
+    batch, length = labels.shape
     chunk = min(chunk, length) or 1
     chunks = -(-length // chunk)
+    parts = placement.parts(batch)
+    split = parts, batch // parts
 
     def cut(x):
-        """[B, L, ...] -> [chunks, B, chunk, ...], zeros at the end."""
+        """[B, L, ...] -> [chunks, N, B / N, chunk, ...], zeros at the end."""
         pad = [(0, 0)] * x.ndim
         pad[1] = (0, chunks * chunk - length)
-        x = jnp.pad(x, pad).reshape(x.shape[0], chunks, chunk, *x.shape[2:])
-        return jnp.moveaxis(x, 1, 0)
+        x = jnp.pad(x, pad).reshape(*split, chunks, chunk, *x.shape[2:])
+        return placement.keep_split(jnp.moveaxis(x, 2, 0), None, "data")
+
+    copies = _copies(kernel.astype(hidden.dtype), parts)
 
     @jax.checkpoint
     def one(part):
         hidden, labels = part
-        return _cross_entropy(hidden, labels, kernel, softcap)
+        return _cross_entropy(hidden, labels, copies, softcap)
 
     losses = jax.lax.map(one, (cut(hidden), cut(labels)))
-    losses = jnp.moveaxis(losses, 0, 1).reshape(len(labels), -1)[:, :length]
+    losses = jnp.moveaxis(losses, 0, 2).reshape(batch, -1)[:, :length]
     if weights is None:
         return losses
     weights = weights.astype(jnp.float32)
@@ -155,14 +161,32 @@ def segment_means(
     return sums(losses) / jnp.where(total == 0, 1, total)
 
 
+def _copies(kernel, parts):
+    """[D, V] -> [N, D, V] float32, one for each of the N parts of a batch.
+
+    Where the mesh splits the batch, each device then has the whole of its copy before
+    the first chunk, and its own sum of gradients until after the last: one exchange of
+    each instead of one for every chunk.
+    """
+    copies = jnp.broadcast_to(kernel[None], (parts, *kernel.shape))
+    if parts > 1:
+        spec = P("data", None, P.UNCONSTRAINED)
+        copies = jax.lax.with_sharding_constraint(copies, spec)
+    # Gradients of the chunks are added up in float32; `one` rounds back.
+    return copies.astype(tree.wide_dtype(kernel.dtype))
+
+
 def _cross_entropy(hidden, labels, kernel, softcap):
-    """[B, c, D], [B, c] -> [B, c]."""
+    """[N, b, c, D], [N, b, c], [N, D, V] -> [N, b, c]."""
     logits = jnp.einsum(
-        "bld,dv->blv", hidden, kernel, preferred_element_type=jnp.float32
+        "nbld,ndv->nblv",
+        hidden,
+        kernel.astype(hidden.dtype),
+        preferred_element_type=jnp.float32,
     )
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
-    words = jax.lax.broadcasted_iota(labels.dtype, logits.shape, 2)
+    words = jax.lax.broadcasted_iota(labels.dtype, logits.shape, 3)
     hit = words == labels[..., None]
     loss = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(
         jnp.where(hit, logits, 0), axis=-1

@@ -11,7 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mtl_jax import catalog, data, multitask, report, train, zoo
-from mtl_jax.run import compare, language
+from mtl_jax.run import compare, language, language_preflight
 from mtl_jax.run import study as study_lib
 from mtl_jax.train import optim
 
@@ -191,6 +191,7 @@ def _run_comparison(
 
 
 _EXPERIMENTS = {"language": language.run}
+_PREFLIGHTS = {"language": language_preflight.preflight}
 _RUNNERS = {"posthoc": _run_study, "trainable": _run_comparison}
 
 
@@ -215,7 +216,8 @@ def preflight(
     """Compiles the training step of a config, and all kernels, for a TPU topology.
 
     For a system that edits trained parameters that is the fine-tuning of an expert,
-    for one that trains the step of one method of its comparison.
+    for one that trains the step of one method of its comparison. For a language
+    experiment it is the step that trains, or decoding (without kernels).
 
     Args:
       config: an experiment; one with a suite needs CLIP towers, whose shapes are known
@@ -235,6 +237,14 @@ def preflight(
     """
     from mtl_jax.train import preflight as preflight_lib
 
+    if "experiment" in config:
+        check = _lookup("experiment", _PREFLIGHTS, config.experiment)
+        if method is not None:
+            raise ValueError(
+                f"preflight: experiment {config.experiment!r} compares no methods, "
+                f"found {method!r}"
+            )
+        return check(config, topology=topology, mesh=mesh or _plain(config.mesh))
     entry, module = _system(config)
     kind = entry.spec.kind
     _check_parts(config, kind)

@@ -22,6 +22,8 @@ from mtl_jax.transforms.quantization import nf4
 from mtl_jax.zoo import language as zoo_language
 
 BASE, BOTH = "before", "all adapters, averaged"
+# Of a decoder over bytes; 256 ends a text.
+BYTES = {"vocab_size": 257, "max_positions": 256}
 
 
 class _Bytes:
@@ -41,9 +43,9 @@ def _smollm2(options: dict[str, Any], progress: Any) -> zoo_language.LanguageMod
 
 
 def _random(options: dict[str, Any], progress: Any) -> zoo_language.LanguageModel:
-    """A decoder over bytes with random weights; 256 ends a text."""
+    """A decoder over bytes with random weights."""
     del progress
-    module = models.Decoder(**{"vocab_size": 257, "max_positions": 256, **options})
+    module = models.Decoder(**{**BYTES, **options})
     start = jnp.zeros((1, 4), jnp.int32)
     params = jax.jit(module.init)(jax.random.key(0), start)["params"]
     special = {"bos": None, "eos": 256, "unknown": None, "padding": None}
@@ -365,6 +367,8 @@ def run(
     mesh: jax.sharding.Mesh,
 ) -> None:
     """Runs a language experiment; adapters are kept in `workdir` and read back."""
+    if not config.domains:
+        raise ValueError("this variant has no domains: it is for mtl-jax preflight")
     study = LanguageStudy(config, document, progress, mesh)
     study.run(workdir / "adapters")
     study.write(

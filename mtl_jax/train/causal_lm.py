@@ -167,14 +167,15 @@ def causal_lm(
         start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), base)
         return start if lora is None else lora.start(key, start)
 
-    rules = _with_codes(models.sharding_rules(module))
+    leaves = models.sharding_rules(module)
+    rules = _with_codes(leaves)
     if lora is None:
         return Trainable(init=init, loss_fn=loss_fn, tx=tx, rules=rules)
     return Trainable(
         init=init,
         loss_fn=loss_fn,
         tx=tx,
-        rules=(("^lora/", PartitionSpec()), *rules),
+        rules=(*_of_factors(leaves), *rules),
         frozen=("^base/",),
     )
 
@@ -194,6 +195,18 @@ def _head(module, params):
         word: Any = nf4.dequantize(params["embeddings"]["word"])
         return word["embedding"].T
     return nf4.dequantize(params["head"])["kernel"]
+
+
+def _of_factors(rules: Rules) -> Rules:
+    """Factors [..., in, r] and [..., r, out] are split where their leaf is."""
+    found = []
+    for regex, spec in rules:
+        if len(spec) > 1:
+            *lead, rows, columns = spec
+            leaf = regex.removesuffix("$")
+            found.append((f"{leaf}/a$", PartitionSpec(*lead, rows, None)))
+            found.append((f"{leaf}/b$", PartitionSpec(*lead, None, columns)))
+    return (*found, ("^lora/", PartitionSpec()))
 
 
 def _with_codes(rules: Rules) -> Rules:

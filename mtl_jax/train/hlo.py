@@ -13,7 +13,8 @@ _KINDS = (
     "ragged-all-to-all",
     "reduce-scatter",
 )
-_HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?(?:-> (.*?) )?\{\s*$")
+_FUSED_SCATTER = "all-reduce-scatter"  # A sum of which each device keeps its part.
 _OP = re.compile(
     rf"^\s+(?:ROOT )?%?[\w.\-]+ = (.+?) ({'|'.join(_KINDS)})(?:-start)?\((.*)$"
 )
@@ -62,12 +63,12 @@ def collectives(text: str) -> tuple[Collective, ...]:
       arrays gives one entry for each array; one that the compiler split into stages,
       which share a channel, counts once.
     """
-    computation, calls, loops, channels = "", {}, set(), set()
+    computation, result, calls, loops, channels = "", None, {}, set(), set()
     found: dict[tuple, int] = {}
     for line in text.splitlines():
         header = _HEADER.match(line)
         if header:
-            computation = header.group(1)
+            computation, result = header.groups()
             continue
         for names in _CALL.findall(line):
             for name in names.split():
@@ -77,9 +78,12 @@ def collectives(text: str) -> tuple[Collective, ...]:
         channel = _CHANNEL.search(line)
         if op and not (channel and channel.group(1) in channels):
             channels.update(channel.groups() if channel else ())
-            for dtype, shape in _results(op.group(1), line, op.group(2)):
+            results, kind = op.groups()[:2]
+            if kind == "all-reduce" and computation.startswith(_FUSED_SCATTER):
+                results, kind = result or results, "reduce-scatter"
+            for dtype, shape in _results(results, line, kind):
                 groups = _GROUPS.search(line)
-                key = (op.group(2), dtype, shape, groups.group(1) if groups else "")
+                key = (kind, dtype, shape, groups.group(1) if groups else "")
                 found[key, computation] = found.get((key, computation), 0) + 1
     inside = _reachable(loops, calls)
     merged: dict[tuple, int] = {}

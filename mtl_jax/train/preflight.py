@@ -1,11 +1,12 @@
 """Compiles the train step for a TPU that is not there, and says whether it fits."""
 
 import contextlib
-import dataclasses
 import importlib.util
 import math
 import os
+import pathlib
 import re
+import tempfile
 import time
 import types
 from collections.abc import Iterator, Mapping
@@ -17,8 +18,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mtl_jax import kernels
 from mtl_jax.train import sharding
 from mtl_jax.train.flops import count_flops
-from mtl_jax.train.hlo import Collective, collectives
+from mtl_jax.train.hlo import collectives
 from mtl_jax.train.loop import Trainer
+from mtl_jax.train.preflight_report import (
+    FAILED,
+    PreflightReport,
+    largest_buffers,
+    placement,
+)
 from mtl_jax.train.trainable import Trainable
 
 # Nominal HBM of a chip in GiB; what a program may use is a little less.
@@ -33,108 +40,6 @@ _MEMORY = re.compile(
     r"|Used (?P<need2>[\d.]+)(?P<nu2>[KMGT]?)i?B? of "
     r"(?P<have2>[\d.]+)(?P<hu2>[KMGT]?)i?B? hbm"
 )
-
-_FAILED = "FAILED"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PreflightReport:
-    """What the compiler said. Sizes are bytes on one device.
-
-    Attributes:
-      topology: as asked for.
-      device_kind: the compiler's name of the device.
-      num_devices: devices in the topology.
-      mesh: sizes of the mesh axes by name.
-      batch_size: global number of examples per step.
-      num_params: parameters, frozen ones included.
-      fits: True when the compiler produced a program.
-      hbm_arguments: state and batch going in.
-      hbm_temporaries: what the step needs besides.
-      hbm_outputs: state and metrics coming out.
-      hbm_aliased: part of the outputs that reuses the memory of arguments.
-      hbm_needed: arguments + temporaries + outputs - aliased, a cautious total; where
-        the program does not fit, what the compiler said it needs.
-      hbm_available: what the compiler said there is; else the nominal size, or None.
-      flops: matrix products and convolutions of one step, over all devices.
-      while_loops: loops of unknown length, counted once in `flops`.
-      collectives: what the devices send each other; only those a loop runs again are
-        marked, not how often.
-      compile_seconds: wall-clock time of the compiler on this machine.
-      error: the compiler's message when the step does not fit.
-      kernels: name -> what became of compiling it, for every Pallas kernel.
-    """
-
-    topology: str
-    device_kind: str
-    num_devices: int
-    mesh: dict[str, int]
-    batch_size: int
-    num_params: int
-    fits: bool
-    hbm_arguments: int | None = None
-    hbm_temporaries: int | None = None
-    hbm_outputs: int | None = None
-    hbm_aliased: int | None = None
-    hbm_needed: int | None = None
-    hbm_available: int | None = None
-    flops: int = 0
-    while_loops: int = 0
-    collectives: tuple[Collective, ...] = ()
-    compile_seconds: float = 0.0
-    error: str | None = None
-    kernels: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    @property
-    def passed(self) -> bool:
-        """Whether the step fits and every kernel compiled."""
-        return self.fits and not any(
-            text.startswith(_FAILED) for text in self.kernels.values()
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain data."""
-        plain = dataclasses.asdict(self)
-        plain["collectives"] = [c._asdict() for c in self.collectives]
-        return plain
-
-    def to_text(self) -> str:
-        """The report as lines for a terminal."""
-        axes = ", ".join(f"{name}={size}" for name, size in self.mesh.items())
-        bound = " at least" if self.while_loops else ""
-        lines = [
-            f"topology     {self.topology}: {self.num_devices} x {self.device_kind}, "
-            f"mesh {axes}",
-            f"model        {self.num_params:,} parameters, global batch "
-            f"{self.batch_size:,}",
-            f"verdict      {'FITS' if self.fits else 'DOES NOT FIT'}",
-            f"HBM a device {_size(self.hbm_needed)} needed of "
-            f"{_size(self.hbm_available)}",
-        ]
-        if self.fits:
-            lines += [
-                f"  arguments    {_size(self.hbm_arguments)}",
-                f"  temporaries  {_size(self.hbm_temporaries)}",
-                f"  outputs      {_size(self.hbm_outputs)}",
-                f"  aliased      {_size(self.hbm_aliased)}",
-            ]
-        lines += [
-            f"FLOPs a step{bound} {self.flops:,} "
-            f"({self.flops / self.num_devices / 1e12:.4g} TFLOP a device)",
-            f"compiled in  {self.compile_seconds:.1f} s",
-        ]
-        if self.collectives:
-            lines.append("collectives  (a loop runs those marked * once a trip)")
-        for c in self.collectives:
-            shape = f"{c.dtype}{list(c.shape)}".replace(" ", "")
-            star = "*" if c.in_loop else " "
-            lines.append(
-                f"  {star}{c.count:4d} x {c.kind:20s} {shape:28s} {_short(c.groups)}"
-            )
-        lines += [f"kernel       {name}: {text}" for name, text in self.kernels.items()]
-        if self.error:
-            lines.append(f"compiler     {self.error}")
-        return "\n".join(lines)
 
 
 def preflight(
@@ -168,47 +73,118 @@ def preflight(
       ValueError: when libtpu is not installed, when the topology has no such form, or
         when rules, mesh and batch do not fit each other.
     """
-    devices = _devices(topology)
-    axes: dict[str, Any] = {**(mesh or {})}
-    placed = sharding.make_mesh(**axes, devices=devices)
+    placed = target_mesh(topology, mesh)
     trainer = Trainer(trainable, mesh=placed, accumulate=accumulate, ema=ema)
     size = sharding.check_batch(batch_shapes, placed, accumulate=accumulate)
     batch = jax.tree.map(lambda x: _abstract(x, placed), batch_shapes)
     state = trainer.abstract_state
-    flops = count_flops(trainer.compiled_step, state, batch)
-    leaves = jax.tree.leaves((state.params, state.frozen))
-    chip = topology.split(":")[0]
-    chips = math.prod(int(n) for n in topology.split(":")[1].split("x"))
+    parts = {
+        "parameters": state.params,
+        "frozen": state.frozen,
+        "optimizer": state.opt_state,
+        "average": state.ema,
+        "batch": batch,
+    }
+    return inspect(
+        trainer.compiled_step,
+        (state, batch),
+        topology=topology,
+        mesh=placed,
+        batch_size=size,
+        parts=parts,
+        with_kernels=with_kernels,
+    )
+
+
+def target_mesh(topology: str, mesh: Mapping[str, int] | None = None) -> Mesh:
+    """A mesh of devices that are not there.
+
+    Args:
+      topology: see `preflight`.
+      mesh: sizes of the axes, see `preflight`.
+
+    Returns:
+      A mesh for abstract arrays and ahead-of-time compilation.
+
+    Raises:
+      ValueError: as `preflight`.
+    """
+    axes: dict[str, Any] = {**(mesh or {})}
+    return sharding.make_mesh(**axes, devices=_devices(topology))
+
+
+def inspect(
+    fn: Any,
+    args: tuple[Any, ...],
+    *,
+    topology: str,
+    mesh: Mesh,
+    batch_size: int,
+    parts: Mapping[str, Any],
+    with_kernels: bool = False,
+) -> PreflightReport:
+    """Compiles any function for a topology; `preflight` of what is no train step.
+
+    Args:
+      fn: what `jax.jit` made.
+      args: trees of `jax.ShapeDtypeStruct`s with shardings on `mesh`.
+      topology: see `preflight`.
+      mesh: of `target_mesh`; in context while the function is traced.
+      batch_size: for the report.
+      parts: groups of arrays, of the arguments or such as the function makes, whose
+        placement is reported; those called parameters and frozen are counted.
+      with_kernels: see `preflight`.
+
+    Returns:
+      The report.
+    """
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        flops = count_flops(fn, *args)
+        lowered = fn.lower(*args)
+    devices = list(mesh.devices.flat)
+    chip, _, sizes = topology.partition(":")
+    chips = math.prod(int(n) for n in sizes.split("x"))
     nominal = CHIPS[chip] * _GIB * chips // len(devices) if chip in CHIPS else None
+    leaves = jax.tree.leaves([parts.get("parameters"), parts.get("frozen")])
     known: dict[str, Any] = {
         "topology": topology,
         "device_kind": devices[0].device_kind,
         "num_devices": len(devices),
-        "mesh": dict(placed.shape),
-        "batch_size": size,
+        "mesh": dict(mesh.shape),
+        "batch_size": batch_size,
         "num_params": sum(math.prod(x.shape) for x in leaves),
         "flops": flops.total,
         "while_loops": flops.while_loops,
         "hbm_available": nominal,
+        "placements": tuple(
+            placement(name, part)
+            for name, part in parts.items()
+            if jax.tree.leaves(part)
+        ),
         "kernels": _compile_kernels(devices) if with_kernels else {},
     }
-    return PreflightReport(**(known | _compile(trainer, batch)))
+    return PreflightReport(**(known | _compile(lowered)))
 
 
-def _compile(trainer: Trainer, batch: Any) -> dict[str, Any]:
-    lowered = trainer.compiled_step.lower(trainer.abstract_state, batch)
+def _compile(lowered: Any) -> dict[str, Any]:
     start = time.perf_counter()
-    try:
-        with _without_cache():
-            compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        need, have = _needed(str(error))
-        found = {"fits": False, "error": " ".join(str(error).split())[:600]}
-        found |= {"hbm_needed": need} | ({"hbm_available": have} if have else {})
-        return found | {"compile_seconds": time.perf_counter() - start}
-    seconds = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as folder:
+        # The compiler itself writes the program down: what it hands over cannot always
+        # be read by the JAX that asked for it.
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        try:
+            with _without_cache():
+                compiled = lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            need, have = _needed(str(error))
+            found = {"fits": False, "error": " ".join(str(error).split())[:600]}
+            found |= {"hbm_needed": need} | ({"hbm_available": have} if have else {})
+            return found | {"compile_seconds": time.perf_counter() - start}
+        seconds = time.perf_counter() - start
+        program = _written(folder, "after_optimizations")
+        usage = _written(folder, "after_optimizations-memory-usage-report")
     memory: Any = compiled.memory_analysis()
     parts = {
         "hbm_arguments": memory.argument_size_in_bytes,
@@ -219,9 +195,16 @@ def _compile(trainer: Trainer, batch: Any) -> dict[str, Any]:
     return parts | {
         "fits": True,
         "hbm_needed": sum(parts.values()) - 2 * parts["hbm_aliased"],
-        "collectives": collectives(compiled.as_text()),
+        "collectives": collectives(program or compiled.as_text()),
+        "buffers": largest_buffers(usage),
         "compile_seconds": seconds,
     }
+
+
+def _written(folder: str, kind: str) -> str:
+    """Text of the one file of a kind, or nothing."""
+    found = list(pathlib.Path(folder).glob(f"*.{kind}.txt"))
+    return found[0].read_text() if len(found) == 1 else ""
 
 
 def _compile_kernels(devices: list[Any]) -> dict[str, str]:
@@ -233,7 +216,7 @@ def _compile_kernels(devices: list[Any]) -> dict[str, str]:
             with _without_cache():
                 cases = compile_for(chip)
         except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
-            found[name] = f"{_FAILED}: {str(error).splitlines()[0][:200]}"
+            found[name] = f"{FAILED}: {str(error).splitlines()[0][:200]}"
             continue
         seconds = time.perf_counter() - start
         found[name] = f"{len(cases)} shapes compiled in {seconds:.1f} s"
@@ -312,18 +295,3 @@ def _needed(text: str) -> tuple[int | None, int | None]:
         for name, unit in (("need", "nu"), ("have", "hu"))
     )
     return need, have
-
-
-def _short(groups: str, limit: int = 48) -> str:
-    """Replica groups, or how many pairs a permutation has."""
-    return groups if len(groups) <= limit else f"{groups.count('},') + 1} pairs"
-
-
-def _size(count: int | None) -> str:
-    if count is None:
-        return "unknown"
-    if count < 2**20:
-        return f"{count / 2**10:.2f} KiB"
-    if count < _GIB:
-        return f"{count / 2**20:.2f} MiB"
-    return f"{count / _GIB:.2f} GiB"

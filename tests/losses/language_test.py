@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mtl_jax import losses
+from mtl_jax.train import hlo
 
 RNG = np.random.default_rng(0)
 HIDDEN = RNG.normal(size=(2, 7, 5)).astype(np.float32)
@@ -158,3 +161,52 @@ def test_others_refuse_shapes_too():
         losses.segment_means(HIDDEN, WEIGHTS, LABELS, 2)
     with pytest.raises(ValueError, match="chunk must be 1 or more, is 0"):
         losses.token_cross_entropy(HIDDEN, KERNEL, LABELS, chunk=0)
+
+
+@pytest.fixture
+def mesh():
+    kinds = (AxisType.Auto,) * 2
+    return jax.make_mesh((4, 2), ("data", "model"), axis_types=kinds)
+
+
+def test_on_a_mesh_the_head_and_its_gradient_travel_once(mesh):
+    """Kills the gathering, or the sum, of the whole head for every chunk."""
+    rng = np.random.default_rng(2)
+    hidden = rng.normal(size=(8, 12, 16)).astype(np.float32)
+    kernel = rng.normal(size=(16, 64)).astype(np.float32)
+    labels = rng.integers(0, 64, (8, 12)).astype(np.int32)
+
+    def loss(hidden, kernel):
+        return jnp.sum(losses.token_cross_entropy(hidden, kernel, labels, chunk=4))
+
+    want = jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, kernel)
+    places = [NamedSharding(mesh, P("data")), NamedSharding(mesh, P("data", "model"))]
+    inputs = [
+        jax.device_put(x, s) for x, s in zip((hidden, kernel), places, strict=True)
+    ]
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        run = jax.jit(
+            jax.value_and_grad(loss, (0, 1)), out_shardings=(None, (*places,))
+        )
+        got = run(*inputs)
+        text = run.lower(*inputs).compile().as_text()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), got, want)
+    found = hlo.collectives(text)
+    # The 32 columns of a device are of the whole height before and after the loops.
+    heads = [c for c in found if 16 in c.shape and 32 in c.shape]
+    assert heads and not any(c.in_loop for c in heads)
+    assert all(c.nbytes < 16 * 32 * 4 for c in found if c.in_loop)
+
+
+def test_gradients_of_bf16_heads_are_added_up_in_float32():
+    """In bfloat16 the sum of 512 equal parts would stop at 256 of them."""
+    hidden = jnp.full((1, 512, 1), 1 / 64, jnp.bfloat16)
+    kernel = jnp.zeros((1, 2), jnp.bfloat16)
+    labels = jnp.zeros((1, 512), jnp.int32)
+
+    def loss(kernel):
+        return jnp.sum(losses.token_cross_entropy(hidden, kernel, labels, chunk=1))
+
+    grad = jax.jit(jax.grad(loss))(kernel)
+    assert grad.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(grad.astype(jnp.float32), [[-4.0, 4.0]])

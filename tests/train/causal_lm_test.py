@@ -7,6 +7,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 
 from mtl_jax import models, train
 from mtl_jax.data.packing import Packed
@@ -158,3 +159,22 @@ def test_options():
         causal_lm.causal_lm(MODULE, params(), tx=optax.sgd(0.1), per="segment")
     with pytest.raises(ValueError, match="mode is 'both'"):
         causal_lm.LoraSettings(rules=("kernel",), mode="both")
+
+
+@pytest.mark.fast
+def test_factors_of_an_adapter_are_split_like_their_leaf():
+    rules = (r"kernel$", r"embedding$")
+    settings = causal_lm.LoraSettings(rules=rules, rank=1)
+    like = jax.eval_shape(params)
+    module = causal_lm.causal_lm(MODULE, like, tx=optax.sgd(0.1), lora=settings)
+    specs = train.specs_from_rules(
+        jax.eval_shape(module.init, jax.random.key(0)), module.rules
+    )
+    lora, base = specs["lora"], specs["base"]
+    query = {"a": P(None, "data", None), "b": P(None, None, "model")}
+    assert lora["layers"]["attention"]["query"]["kernel"] == query
+    assert base["layers"]["attention"]["query"]["kernel"] == P(None, "data", "model")
+    down = {"a": P(None, "model", None), "b": P(None, None, "data")}
+    assert lora["layers"]["mlp"]["out"]["kernel"] == down
+    word = {"a": P("model", None), "b": P(None, "data")}
+    assert lora["embeddings"]["word"]["embedding"] == word

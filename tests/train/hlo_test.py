@@ -49,3 +49,22 @@ def test_bytes(dtype, nbytes):
 
 def test_text_without_collectives():
     assert collectives("ENTRY %main () -> f32[] {\n  %c = f32[] constant(0)\n}") == ()
+
+
+SCATTERED = """\
+%all-reduce-scatter.8.clone (input: bf16[64,8], other: bf16[8,32]) -> (bf16[16,8], bf16[8,8]) {
+  %all-reduce.3 = (bf16[64,8]{1,0}, bf16[8,32]{1,0}) all-reduce(%input, %other), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+}
+
+ENTRY %main (a: bf16[64,8]) -> bf16[16,8] {
+  %fusion = (bf16[16,8]{1,0}, bf16[8,8]{1,0}) fusion(%a, %b), kind=kCustom, calls=%all-reduce-scatter.8.clone
+}
+"""  # noqa: E501
+
+
+def test_a_sum_that_is_cut_at_once_is_a_reduce_scatter():
+    groups = "{{0,1,2,3}}"
+    assert collectives(SCATTERED) == (
+        Collective("reduce-scatter", "bf16", (16, 8), groups, False, 1),
+        Collective("reduce-scatter", "bf16", (8, 8), groups, False, 1),
+    )

@@ -38,3 +38,18 @@ def block_rules(rows: Rules) -> Rules:
 
 
 BLOCK_RULES: Rules = block_rules(_BLOCK)
+
+
+def without_axis(rules: Rules, axis: str) -> Rules:
+    """The same rules, but whole along one axis of the mesh.
+
+    Without `data` they are those of decoding, which reads every weight once a token:
+    there a device keeps its part of the weights instead of gathering others.
+    """
+
+    def drop(entry):
+        if isinstance(entry, tuple):
+            return tuple(name for name in entry if name != axis)
+        return None if entry == axis else entry
+
+    return tuple((regex, P(*map(drop, spec))) for regex, spec in rules)

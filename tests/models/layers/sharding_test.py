@@ -9,6 +9,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mtl_jax import models, tree
 from mtl_jax.models.backbones import bert, mlp, vit
+from mtl_jax.models.layers.sharding import without_axis
 
 IDS = jnp.zeros((1, 4), jnp.int32)
 IMAGE = jnp.zeros((1, 224, 224, 3))
@@ -87,3 +88,17 @@ def test_sharded_equals_unsharded(fill, scan):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grad, want_grad
     )
+
+
+def test_rules_without_an_axis_are_whole_along_it():
+    spec = PartitionSpec
+    rules = (("a", spec("data", "model")), ("b", spec(("data", "model"), None)))
+    assert without_axis(rules, "data") == (
+        ("a", spec(None, "model")),
+        ("b", spec(("model",), None)),
+    )
+    assert without_axis(without_axis(rules, "data"), "model")[0] == (
+        "a",
+        spec(None, None),
+    )
+    assert without_axis(rules, "expert") == rules
