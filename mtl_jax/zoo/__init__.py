@@ -1,6 +1,6 @@
 """Families of experts from one base, cached, and the rows that merge them."""
 
-from mtl_jax.zoo.clip import clip, require_weights
+from mtl_jax.zoo.clip import clip, require_weights, text_heads
 from mtl_jax.zoo.encoders import Encoder, class_means, minilm, small_vit
 from mtl_jax.zoo.evaluate import Evaluator
 from mtl_jax.zoo.experts import Settings, Zoo, logits_fn, open_zoo, trainable
@@ -43,6 +43,7 @@ __all__ = [
     "small_vit",
     "smollm2",
     "task_delta",
+    "text_heads",
     "trainable",
     "world",
     "zero_shot",

@@ -1,9 +1,12 @@
 """CLIP image towers on the papers' vision sets, for runs on accelerators."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from etils import epath
 
 from mtl_jax import data, io, models
 from mtl_jax.models import heads
@@ -30,7 +33,7 @@ def clip(
       weights: checkpoint folder in the Hugging Face layout; "" gives abstract
         parameters, which is enough for a preflight.
       class_embeddings: safetensors file with one [C, D] array per task, named by
-        task: its classes' prompts through the text tower, averaged per class.
+        task, such as `text_heads` makes.
       dtype: compute dtype; weights stay float32.
       scan: one compiled block for all layers.
       remat: recompute activations in the backward pass.
@@ -56,7 +59,7 @@ def clip(
             raise ValueError(
                 f"clip: the head of {task.name!r} needs class embeddings; set "
                 "suite.options.base.class_embeddings to a safetensors file with one "
-                "[C, D] array per task"
+                "[C, D] array per task, such as zoo.text_heads makes"
             )
         if task.name not in found:
             raise ValueError(
@@ -79,6 +82,72 @@ def clip(
         image_stats=_STATS,
         head_source=io.digest(found) if found else "",
     )
+
+
+def text_heads(
+    weights: epath.PathLike, texts: Mapping[str, Sequence[Sequence[str]]]
+) -> dict[str, jax.Array]:
+    """Class embeddings from the text tower of CLIP, for `clip(class_embeddings=...)`.
+
+    `io.save_tree(path, text_heads(folder, texts))` writes the file.
+
+    Args:
+      weights: checkpoint folder of the whole model, with `tokenizer.json`.
+      texts: by task, C lists of T texts about a class each, such as
+        `models.heads.fill_templates` makes.
+
+    Returns:
+      By task, [C, D] float32 with unit rows; see `models.zero_shot_head`.
+
+    Raises:
+      FileNotFoundError: if something is not there.
+      ValueError: for a checkpoint of another kind, classes with different numbers of
+        texts, or a text that does not fit.
+    """
+    table = io.names.clip_text
+    module = models.build(
+        table.model, **table.options(io.read_config(weights)), scan=True
+    )
+    tokenizer = io.load_tokenizer(weights)
+    tokens = {
+        task: _encode(module, tokenizer, task, classes)
+        for task, classes in texts.items()
+    }
+    like = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    params = io.load_pretrained(weights, table, like["params"])
+
+    @jax.jit
+    def head(params, ids):
+        encode = functools.partial(module.apply, {"params": params})
+        return heads.zero_shot_head(encode, ids)
+
+    return {task: head(params, ids) for task, ids in tokens.items()}
+
+
+def _encode(module, tokenizer, task, classes):
+    """[C, T, L] int32, padded with zeros."""
+    if not classes or {len(c) for c in classes} != {len(classes[0])} or not classes[0]:
+        raise ValueError(
+            f"text_heads: {task!r} has classes of {[len(c) for c in classes]} texts, "
+            "wanted one number above 0"
+        )
+    shape = (len(classes), len(classes[0]), module.max_positions)
+    out = np.zeros(shape, np.int32)
+    for place in np.ndindex(shape[:2]):
+        text = classes[place[0]][place[1]]
+        ids = tokenizer.encode(text).ids
+        if not 0 < len(ids) <= module.max_positions:
+            raise ValueError(
+                f"text_heads: {text!r} has {len(ids)} tokens, wanted 1 to "
+                f"{module.max_positions}"
+            )
+        if module.end_token not in (None, *ids):
+            raise ValueError(
+                f"text_heads: the tokenizer gives {text!r} no end token "
+                f"{module.end_token}"
+            )
+        out[place][: len(ids)] = ids
+    return out
 
 
 def require_weights(encoder: Encoder, names: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ def _tower(table, config, kind):
     `projection` is set only where the architecture is known to have the map; a bare
     tower has none.
     """
+    take(table, config)  # Of the whole, nothing but what no table supports.
     tower = config.get(f"{kind}_config", config)
     bare = config.get("architectures") in (None, [], [f"CLIP{kind.title()}Model"])
     projected = config is not tower or not bare

@@ -8,8 +8,11 @@ def take(table: str, config: Mapping[str, Any], **keys: str) -> dict[str, Any]:
     """Renames config entries: ours=theirs.
 
     Raises:
-      ValueError: listing the entries that are missing.
+      ValueError: listing the entries that are missing, or for the config of a
+        checkpoint whose tensors are quantised.
     """
+    if config.get("quantization_config"):
+        raise ValueError(f"names.{table}: quantization_config is not supported")
     missing = sorted(theirs for theirs in keys.values() if theirs not in config)
     if missing:
         raise ValueError(f"names.{table}: config lacks {', '.join(missing)}")

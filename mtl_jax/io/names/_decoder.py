@@ -164,8 +164,6 @@ def base_options(
       ValueError: for what is missing or not supported.
     """
     choose(table, config, "model_type", dict.fromkeys(types), types[0])
-    if config.get("quantization_config"):
-        raise ValueError(f"names.{table}: quantization_config is not supported")
     options = take(
         table,
         config,

@@ -1,6 +1,7 @@
 import pytest
 
 from mtl_jax import io
+from mtl_jax.io.names import _known
 
 pytestmark = pytest.mark.fast
 
@@ -23,3 +24,17 @@ def test_other_kinds_are_named(kind):
 def test_only_what_the_backbone_reads():
     with pytest.raises(ValueError, match="'bert' is not supported, only gemma, gemma2"):
         io.names.of_config({"model_type": "bert"}, model="decoder")
+
+
+@pytest.mark.parametrize("kind", sorted(_known._BY_TYPE))
+def test_quantised_checkpoints_are_refused(kind):
+    """Their tensors mean something else, under names of their own or the same ones."""
+    config = {
+        "model_type": kind,
+        "quantization_config": {"quant_method": "gptq", "bits": 4},
+        "text_config": {},
+        "vision_config": {},
+    }
+    table = io.names.of_config(config)
+    with pytest.raises(ValueError, match=r"names\..*: quantization_config is not supp"):
+        table.options(config)
