@@ -22,6 +22,7 @@ from mtl_jax._checks import (
     num_tasks,
     path_str,
 )
+from mtl_jax._contractions import products, weighted_sum
 from mtl_jax.order import (
     Cutoff,
     magnitude_bits,
@@ -59,10 +60,6 @@ __all__ = [
     "unstack",
     "wide_dtype",
 ]
-
-# Elements of a slice, all tasks together, that stay in cache; and least of each task.
-_GRAM_BLOCK, _GRAM_COLUMNS = 57344, 3584
-_COMBINE_BLOCK = 32  # tasks
 
 
 def map_with_path(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
@@ -222,34 +219,12 @@ def add_scaled(base: Any, delta: Any, scale: Any = 1.0) -> Any:
     )
 
 
-def _weighted_sum(x: jax.Array, w: jax.Array) -> jax.Array:
-    """`sum_t w[t] * x[t]` in the dtype of w; written out, so that x is read once."""
-    total = w[0] * x[0].astype(w.dtype)
-    for t in range(1, x.shape[0]):
-        total = total + w[t] * x[t].astype(w.dtype)
-    return total
-
-
 @jax.jit
 def _combine(tree, weights):
     def leaf(x, w):
         if not is_inexact(x):
             return x[0]
-        w = w.astype(wide_dtype(x.dtype))
-        blocks = -(-x.shape[0] // _COMBINE_BLOCK)
-        size = x.shape[0] // blocks
-
-        first = x.shape[0] - (blocks - 1) * size
-
-        def add(i, total):
-            start = first + i * size
-            rows = jax.lax.dynamic_slice_in_dim(x, start, size)
-            weights = jax.lax.dynamic_slice_in_dim(w, start, size)
-            return total + _weighted_sum(rows, weights)
-
-        # Many tasks written out at once would take minutes to compile.
-        total = _weighted_sum(x[:first], w[:first])
-        return jax.lax.fori_loop(0, blocks - 1, add, total).astype(x.dtype)
+        return weighted_sum(x, w.astype(wide_dtype(x.dtype))).astype(x.dtype)
 
     return jax.tree.map(leaf, tree, weights)
 
@@ -285,65 +260,12 @@ def combine(tree: Any, weights: Any) -> Any:
     return _combine(tree, jax.tree.map(jnp.asarray, weights))
 
 
-def _products(x: jax.Array, y: jax.Array) -> jax.Array:
-    """[T, ...] twice -> [T, T] in one contraction, without reshaping sharded axes."""
-    axes = tuple(range(1, x.ndim))
-    dims = ((axes, axes), ((), ()))
-    return jax.lax.dot_general(
-        x, y, dims, precision="highest", preferred_element_type=jnp.float32
-    )
-
-
-@jax.custom_jvp
-def _products_blocked(x: jax.Array, y: jax.Array) -> jax.Array:
-    """The same by slices of the flat views: fast where memory is cached."""
-    count, length = x.shape[0], x[0].size
-    block = max(_GRAM_BLOCK // count // 128 * 128, _GRAM_COLUMNS)
-    blocks = length // block
-
-    def view(x):
-        x = x.reshape(count, -1)
-        # XLA's CPU backend slices 16-bit floats one by one, integers many at once.
-        narrow = x.dtype.itemsize == 2
-        return jax.lax.bitcast_convert_type(x, jnp.uint16) if narrow else x
-
-    def products(*parts):
-        floats = (
-            jax.lax.bitcast_convert_type(part, whole.dtype).astype(jnp.float32)
-            for part, whole in zip(parts, (x, y), strict=True)
-        )
-        return _products(*floats)
-
-    views = view(x), view(y)
-
-    def add(i, total):
-        parts = (
-            jax.lax.dynamic_slice(v, (0, i * block), (count, block)) for v in views
-        )
-        return total + products(*parts)
-
-    rest = products(*(v[:, blocks * block :] for v in views))
-    return jax.lax.fori_loop(0, blocks, add, rest)
-
-
-@_products_blocked.defjvp
-def _products_blocked_jvp(primals, tangents):
-    """Slices of integers have no slope, and slices kept for one would be copies."""
-    (x, y), (dx, dy) = primals, tangents
-    return _products_blocked(x, y), _products(dx, y) + _products(x, dy)
-
-
 @jax.jit
 def _gram(tree, other):
     def leaf(x, y):
         if x.dtype != y.dtype or x.dtype not in (jnp.bfloat16, jnp.float16):
             x, y = x.astype(jnp.float32), y.astype(jnp.float32)
-        # Slicing a flat view would gather a sharded leaf; one device shards nothing.
-        if jax.device_count() > 1 or x.size <= _GRAM_BLOCK:
-            return _products(x, y)
-        return jax.lax.platform_dependent(
-            x, y, cpu=_products_blocked, default=_products
-        )
+        return products(x, y)
 
     pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
     found = [leaf(x, y) for x, y in pairs if is_inexact(x)]

@@ -19,7 +19,15 @@ EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.py"))
 
 # Each layer may import those before it, and itself.
 ORDER = (
-    {"_checks", "tree", "order", "placement", "catalog", "_system_source"},
+    {
+        "_checks",
+        "_contractions",
+        "tree",
+        "order",
+        "placement",
+        "catalog",
+        "_system_source",
+    },
     {"kernels"},
     {"transforms"},
     {"models", "losses", "metrics", "data"},
@@ -30,7 +38,15 @@ ORDER = (
     {"run"},
     {"host", "configs", "cli_arguments", "cli", "__main__"},
 )
-PURE = {"_checks", "tree", "order", "placement", "kernels", "transforms"}
+PURE = {
+    "_checks",
+    "_contractions",
+    "tree",
+    "order",
+    "placement",
+    "kernels",
+    "transforms",
+}
 PURE_IMPORTS = {"jax", "numpy", "optax", "chex", "mtl_jax"} | sys.stdlib_module_names
 ALIASES = {  # Names that `mtl_jax` itself resolves lazily.
     name: "transforms"

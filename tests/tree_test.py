@@ -148,6 +148,33 @@ def test_combine_is_the_weighted_sum(dtype, count):
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("count", [2, 33])
+def test_combine_has_both_slopes(dtype, count):
+    """Forward, backward and mapped; slices of integers would have none."""
+    rng = np.random.default_rng(0)
+    x, dx = (jnp.asarray(rng.normal(size=(count, 6)), dtype) for _ in range(2))
+    w, dw = (jnp.asarray(rng.normal(size=count), jnp.float32) for _ in range(2))
+    wide = [np.asarray(y, np.float64) for y in (x, w, dx, dw)]
+    tolerance = {"rtol": 2e-2, "atol": 2e-1} if dtype != jnp.float32 else {"rtol": 1e-4}
+
+    def f(x, w):
+        return tree.combine({"w": x}, w)["w"].astype(jnp.float32)
+
+    _, slope = jax.jvp(f, (x, w), (dx, dw))
+    np.testing.assert_allclose(
+        slope, wide[1] @ wide[2] + wide[3] @ wide[0], **tolerance
+    )
+    to_x, to_w = jax.grad(lambda *a: jnp.sum(f(*a)), (0, 1))(x, w)
+    assert to_x.dtype == dtype
+    want = np.broadcast_to(wide[1][:, None], x.shape)
+    np.testing.assert_allclose(np.asarray(to_x, np.float64), want, **tolerance)
+    np.testing.assert_allclose(to_w, wide[0].sum(1), **tolerance)
+    many = jax.vmap(f, (None, 0))(x, jnp.stack([w, dw]))
+    np.testing.assert_allclose(many[1], wide[3] @ wide[0], **tolerance)
+
+
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("dtype", "want"),
     [
