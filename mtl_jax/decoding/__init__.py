@@ -1,12 +1,18 @@
 """Text from language models: sampling, beam search, scoring, all of static shapes.
 
 Any model takes part that can read a prompt and then one token after the other
-(`StepModel`): `from_decoder` makes one of a `models.Decoder`, `fused` one of several.
+(`StepModel`): `from_decoder` makes one of a `models.Decoder`, `from_encoder_decoder`
+of a `models.EncoderDecoder`, `fused` one of several.
 """
 
 from mtl_jax.decoding import logits
 from mtl_jax.decoding._ahead import generation_fn
 from mtl_jax.decoding._beam import Beams, beam_search
+from mtl_jax.decoding._encoder_decoder import (
+    EncoderDecoderLogprobs,
+    EncoderDecoderModel,
+    from_encoder_decoder,
+)
 from mtl_jax.decoding._generate import Generation, Reason, generate, stream
 from mtl_jax.decoding._models import (
     DecoderModel,
@@ -36,6 +42,8 @@ __all__ = [
     "DecoderLogprobs",
     "DecoderModel",
     "Detokenizer",
+    "EncoderDecoderLogprobs",
+    "EncoderDecoderModel",
     "FusedModel",
     "Generation",
     "LogitsLogprobs",
@@ -49,6 +57,7 @@ __all__ = [
     "beam_search",
     "bucket",
     "from_decoder",
+    "from_encoder_decoder",
     "fused",
     "generate",
     "generation_fn",

@@ -66,7 +66,10 @@ class StepModel(Protocol):
         ...
 
     def reorder(self, cache: Any, rows: chex.Array) -> Any:
-        """The cache of the rows [B'] given by number; beam search only."""
+        """The cache of the rows [B'] given by number; beam search only.
+
+        Rows of a prompt lie side by side, as many for each, before and after.
+        """
         ...
 
 

@@ -109,6 +109,8 @@ def plan(
             f"{model.vocab_size} tokens"
         )
     longest = int(np.argmax(lengths))
+    if getattr(model, "encodes", False):
+        return _plan_apart(name, model, longest, lengths[longest], max_new_tokens)
     if model.context is not None and lengths[longest] + max_new_tokens > model.context:
         raise ValueError(
             f"{name}: prompt {longest} has {lengths[longest]} tokens, which leaves no "
@@ -117,6 +119,17 @@ def plan(
     new = bucket(max_new_tokens, model.context)
     slots = ids.shape[1] + new
     return Sizes(new, slots if model.context is None else min(slots, model.context))
+
+
+def _plan_apart(name, model, number, length, max_new_tokens):
+    """Sizes where prompts and answers have room of their own each."""
+    if model.context is not None and max(length, max_new_tokens) > model.context:
+        raise ValueError(
+            f"{name}: prompt {number} has {length} tokens and {max_new_tokens} are to "
+            f"be generated, the context holds {model.context} of either"
+        )
+    new = bucket(max_new_tokens, model.context)
+    return Sizes(new, new)
 
 
 Stop = int | Sequence[int | Sequence[int]]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax import losses
+from mtl_jax import losses, models
 from mtl_jax.decoding._models import hashable
 
 NORMALIZATIONS = ("none", "tokens", "characters", "unconditional")
@@ -19,7 +19,8 @@ LogprobFn = Callable[..., chex.Array]
 """`fn(params, input_ids, labels, segment_ids) -> log p(labels) [B, L] float32`.
 
 `input_ids`, `labels` and `segment_ids` are [B, L]; `log p(labels[b, i])` is that of the
-token after `input_ids[b, i]`.
+token after `input_ids[b, i]`. One with an encoder has an attribute `start`, the token
+in front of every text, and takes `source` and `source_segment_ids`, too.
 """
 
 
@@ -89,11 +90,14 @@ def sequence_logprob(
     mask: chex.Array | None = None,
     *,
     segment_ids: chex.Array | None = None,
+    source: chex.Array | None = None,
+    source_segment_ids: chex.Array | None = None,
 ) -> SequenceScores:
     """`sum_i mask[i] log p(x[i] | x[<i])` of every row.
 
     The first token of a row or segment has nothing before it and is never scored;
-    begin rows with a begin-of-text token to score all others.
+    begin rows with a begin-of-text token to score all others. Given a source, every
+    token is scored, as the decoder puts its start token in front.
 
     Args:
       logprob_fn: such as `DecoderLogprobs(module)` or `LogitsLogprobs(logits_fn)`.
@@ -101,13 +105,22 @@ def sequence_logprob(
       input_ids: [B, L] integer.
       mask: [B, L] bool, True = score this token; None = all but padding.
       segment_ids: [B, L] int32, 0 = padding; None = one segment per row.
+      source: [B / G, S] integer, what the encoder of an encoder-decoder reads; row r
+        of `input_ids` belongs to row r // G.
+      source_segment_ids: [B / G, S] int32, 0 = padding; a token of `input_ids` reads
+        the segment of its own number.
 
     Returns:
       `SequenceScores`. A token that the vocabulary lacks scores -inf.
 
     Raises:
-      ValueError: if shapes differ.
+      ValueError: if shapes differ, or an encoder has no source or a source no encoder.
     """
+    if (source is None) == encodes(logprob_fn):
+        raise ValueError(
+            "sequence_logprob: a source belongs to models with an encoder, such as "
+            "EncoderDecoderLogprobs"
+        )
     if input_ids.ndim != 2:
         raise ValueError(
             f"sequence_logprob: input_ids must be [B, L], are {input_ids.shape}"
@@ -121,13 +134,28 @@ def sequence_logprob(
                 f"sequence_logprob: {name} is {array.shape}, input_ids "
                 f"{input_ids.shape}"
             )
+    scored = scored.astype(bool)
+    if source is not None:
+        shifted = models.shift_right(input_ids, segment_ids, start=logprob_fn.start)
+        read = {"source": source, "source_segment_ids": source_segment_ids}
+        found = logprob_fn(params, shifted, input_ids, segment_ids, **read)
+        return _scores(found, scored & (segment_ids != 0))
     labels, follows = losses.next_tokens(input_ids, segment_ids)
     found = logprob_fn(params, input_ids, labels, segment_ids)
     behind = ((0, 0), (1, 0))
-    follows = jnp.pad(follows[:, :-1] > 0, behind) & scored.astype(bool)
-    tokens = jnp.where(follows, jnp.pad(found[:, :-1], behind), 0)
-    count = jnp.sum(follows.astype(jnp.int32), axis=1)
+    follows = jnp.pad(follows[:, :-1] > 0, behind)
+    return _scores(jnp.pad(found[:, :-1], behind), follows & scored)
+
+
+def _scores(logprobs, scored):
+    tokens = jnp.where(scored, logprobs, 0)
+    count = jnp.sum(scored.astype(jnp.int32), axis=1)
     return SequenceScores(tokens, jnp.sum(tokens, axis=1), count)
+
+
+def encodes(logprob_fn: Any) -> bool:
+    """Whether a `LogprobFn` wants a source; it then says its `start` token."""
+    return hasattr(logprob_fn, "start")
 
 
 class Candidates(NamedTuple):
@@ -202,7 +230,7 @@ def rank_classify(
       unconditional:  log p(y | x) - log p(y | u)
 
     Args:
-      logprob_fn: see `sequence_logprob`.
+      logprob_fn: see `sequence_logprob`. One with an encoder reads each x once.
       params: of the model.
       prompts: x, [N, P] int32, padded to the right.
       prompt_lengths: [N] int32, 1 or more.
@@ -276,32 +304,58 @@ def _score_candidates(
 ):
     """[N, M] sums of log p; each prompt is joined to each of its candidates."""
     number, count, _ = ids.shape
+    if encodes(logprob_fn):
+        parts = prompts, prompt_lengths, ids, lengths
+        groups = None if rows is None else max(1, rows // count)
+        return _in_parts(
+            functools.partial(_score_answers, logprob_fn, params), parts, groups
+        )
     flat = (
         jnp.repeat(prompts, count, axis=0),
         jnp.repeat(prompt_lengths, count),
         ids.reshape(number * count, -1),
         lengths.reshape(-1),
     )
+    score = functools.partial(_score_rows, logprob_fn, params)
+    return _in_parts(score, flat, rows).reshape(number, count)
+
+
+def _in_parts(score, arrays, rows):
+    """`score` of so many rows at a time; None = all."""
     if rows is None:
-        texts = _join(*flat)
-        return _score_rows(logprob_fn, params, *texts).reshape(number, count)
-    total = number * count
+        return score(*arrays)
+    total = len(arrays[0])
     steps = -(-total // rows)
 
     def cut(x):
         pad = [(0, steps * rows - total)] + [(0, 0)] * (x.ndim - 1)
         return jnp.pad(x, pad).reshape(steps, rows, *x.shape[1:])
 
-    out = jax.lax.map(
-        lambda part: _score_rows(logprob_fn, params, *_join(*part)),
-        jax.tree.map(cut, flat),
-    )
-    return out.reshape(-1)[:total].reshape(number, count)
+    out = jax.lax.map(lambda part: score(*part), jax.tree.map(cut, arrays))
+    return out.reshape(-1, *out.shape[2:])[:total]
 
 
-def _score_rows(logprob_fn, params, texts, mask):
-    ids, segments = texts
+def _score_rows(logprob_fn, params, *parts):
+    """[R] for R prompts and their candidates, each joined to one text."""
+    (ids, segments), mask = _join(*parts)
     return sequence_logprob(logprob_fn, params, ids, mask, segment_ids=segments).total
+
+
+def _score_answers(logprob_fn, params, prompts, prompt_lengths, ids, lengths):
+    """[N, M] for N prompts, each encoded once, and their M candidates."""
+
+    def segments(lengths, width):
+        columns = jnp.arange(width, dtype=jnp.int32)
+        return (columns[None] < lengths.reshape(-1, 1)).astype(jnp.int32)
+
+    return sequence_logprob(
+        logprob_fn,
+        params,
+        ids.reshape(-1, ids.shape[2]),
+        segment_ids=segments(lengths, ids.shape[2]),
+        source=prompts,
+        source_segment_ids=segments(prompt_lengths, prompts.shape[1]),
+    ).total.reshape(lengths.shape)
 
 
 def _join(prompts, starts, tokens, lengths):

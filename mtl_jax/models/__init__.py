@@ -17,6 +17,7 @@ from mtl_jax.models.backbones import (
     SentenceEncoder,
     SmallConv,
     ViT,
+    shift_right,
 )
 from mtl_jax.models.functional import functional
 from mtl_jax.models.heads import Classifier, mean_pool, prototype_logits, zero_shot_head
@@ -52,6 +53,7 @@ __all__ = [
     "prototype_logits",
     "reorder_cache",
     "sharding_rules",
+    "shift_right",
     "stack_layers",
     "unstack_layers",
     "zero_shot_head",

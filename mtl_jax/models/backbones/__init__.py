@@ -4,6 +4,7 @@ from mtl_jax.models.backbones.bert import Bert
 from mtl_jax.models.backbones.clip import Clip, ClipText
 from mtl_jax.models.backbones.decoder import Decoder
 from mtl_jax.models.backbones.encdec import EncoderDecoder
+from mtl_jax.models.backbones.encdec_inputs import shift_right
 from mtl_jax.models.backbones.mlp import Mlp
 from mtl_jax.models.backbones.sentence import SentenceEncoder
 from mtl_jax.models.backbones.small_conv import ConvStage, SmallConv
@@ -20,4 +21,5 @@ __all__ = [
     "SentenceEncoder",
     "SmallConv",
     "ViT",
+    "shift_right",
 ]

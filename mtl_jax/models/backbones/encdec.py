@@ -62,6 +62,30 @@ CACHE_RULES: Rules = (
 )
 
 
+def head_operands(
+    module: "EncoderDecoder", params: Mapping[str, Any], hidden: chex.Array
+) -> tuple[chex.Array, chex.Array]:
+    """(x, w) whose product x w is the logits, for losses that never make them all.
+
+    Args:
+      module: the encoder-decoder.
+      params: of it.
+      hidden: [B, L, D], what it returned with `head=False`.
+
+    Returns:
+      ([B, L, D], [D, V]), with D + 1 in place of D where the head has a bias.
+    """
+    if module.tied:
+        kernel = params["embeddings"]["word"]["embedding"].T
+    else:
+        kernel = params["head"]["kernel"]
+    if not module.head_bias:
+        return hidden, kernel
+    one = jnp.ones((*hidden.shape[:2], 1), hidden.dtype)
+    bias = params["head"]["bias"].astype(kernel.dtype)[None]
+    return jnp.concatenate([hidden, one], -1), jnp.concatenate([kernel, bias])
+
+
 class EncoderDecoder(nn.Module):
     """Transformer that reads a text and writes another; by default T5 v1.1 small.
 

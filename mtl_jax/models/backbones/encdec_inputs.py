@@ -13,6 +13,37 @@ Prefix = Mapping[str, Mapping[str, chex.Array]]
 _SIDES = ("encoder", "decoder", "cross")
 
 
+def shift_right(
+    targets: chex.Array, segment_ids: chex.Array | None = None, *, start: int = 0
+) -> chex.Array:
+    """What a decoder reads to predict targets: each behind the one before it.
+
+    Args:
+      targets: [B, L] integer.
+      segment_ids: [B, L] integer, 0 = padding; None = one segment per row.
+      start: token in front of every segment.
+
+    Returns:
+      [B, L].
+
+    Raises:
+      ValueError: if the shapes differ.
+
+    >>> shift_right(jnp.array([[5, 6, 7, 8]]), jnp.array([[1, 1, 2, 2]]), start=3)
+    Array([[3, 5, 3, 7]], dtype=int32)
+    """
+    if segment_ids is None:
+        segment_ids = jnp.ones_like(targets)
+    if segment_ids.shape != targets.shape:
+        raise ValueError(
+            f"shift_right: segment_ids are {segment_ids.shape}, targets {targets.shape}"
+        )
+    behind = ((0, 0), (1, 0))
+    shifted = jnp.pad(targets[:, :-1], behind)
+    same = jnp.pad(segment_ids[:, 1:] == segment_ids[:, :-1], behind)
+    return jnp.where(same, shifted, jnp.asarray(start, targets.dtype))
+
+
 def check_options(module: Any) -> None:
     """Refuses options that do not exist or do not go together.
 

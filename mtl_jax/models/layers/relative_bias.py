@@ -21,10 +21,18 @@ def distance_buckets(num_buckets: int, max_distance: int) -> np.ndarray:
     Returns:
       [max_distance + 1] int32.
 
+    Raises:
+      ValueError: if there are no buckets of more than one distance.
+
     >>> distance_buckets(4, 8)
     array([0, 1, 2, 2, 2, 3, 3, 3, 3], dtype=int32)
     """
     exact = num_buckets // 2
+    if exact < 1 or max_distance <= exact:
+        raise ValueError(
+            "distance_buckets: num_buckets must be 2 or more and max_distance must "
+            f"exceed half of them, found {num_buckets} and {max_distance}"
+        )
     distance = np.arange(max_distance + 1)
     # In float32 as the models were trained: a few distances lie on a boundary.
     steps = np.log(np.maximum(distance, exact).astype(np.float32) / np.float32(exact))
