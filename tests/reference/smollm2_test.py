@@ -229,7 +229,9 @@ def hugging_face_state(library, path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("options", [{}, {"scan": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"scan": True}, {"scan": True, "param_dtype": "bfloat16"}]
+)
 def test_resident_memory_of_the_import(path, options):
     """At most the mapped file, the tree and 1.3 of its largest leaf."""
     code = (
