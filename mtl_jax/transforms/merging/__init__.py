@@ -17,15 +17,19 @@ from mtl_jax.transforms.merging._breadcrumbs import (
     drop_outliers,
     keep_top,
     scale,
-    unit_axis,
 )
 from mtl_jax.transforms.merging._dare import dare
+from mtl_jax.transforms.merging._karcher import karcher
+from mtl_jax.transforms.merging._model_stock import model_stock
+from mtl_jax.transforms.merging._multislerp import multislerp
+from mtl_jax.transforms.merging._rows import unit_axis
 from mtl_jax.transforms.merging._search import (
     ScaleSearch,
     Trial,
     normalised_accuracy,
     scale_search,
 )
+from mtl_jax.transforms.merging._slerp import slerp
 from mtl_jax.transforms.merging._tall_masks import (
     CompressionBits,
     MaskStatistics,
@@ -58,15 +62,19 @@ __all__ = [
     "consensus_mask",
     "dare",
     "drop_outliers",
+    "karcher",
     "keep_top",
     "magnitude_masks",
     "mask_counts",
     "mask_statistics",
+    "model_stock",
+    "multislerp",
     "negate",
     "normalised_accuracy",
     "restore_delta",
     "scale",
     "scale_search",
+    "slerp",
     "tall_masks",
     "task_arithmetic",
     "task_vectors",

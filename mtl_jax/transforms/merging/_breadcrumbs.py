@@ -1,7 +1,6 @@
 """Model Breadcrumbs: drop the outliers and the negligible, keep the middle band."""
 
 import functools
-import operator
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -10,70 +9,11 @@ import jax.numpy as jnp
 
 from mtl_jax import tree
 from mtl_jax.transforms.merging import _compose
+from mtl_jax.transforms.merging._rows import Axis, PerLeaf, per_leaf, row_axes
 
 Group = Literal["row", "leaf"]
 Order = Literal["drop_first", "keep_first"]
-PerLeaf = float | Callable[[str], float] | Any
-Axis = int | Callable[[str], int] | Any
 TauTransform = Callable[[Any], Any]
-
-
-def unit_axis(path: str) -> int:
-    """The `axis` along which the rows of Flax parameters are the inputs of one unit.
-
-    Kernels are [..., in, out] and give -2; all other leaves give -1. PyTorch's linear
-    weights are [out, in]: there the default does what this does here.
-
-    Args:
-      path: name of the leaf.
-
-    Returns:
-      -2 where the last part of the path is "kernel", -1 elsewhere.
-
-    >>> unit_axis("blocks/0/kernel"), unit_axis("blocks/0/bias")
-    (-2, -1)
-    """
-    return -2 if path.rpartition("/")[2] == "kernel" else -1
-
-
-def _per_leaf(fn_name: str, name: str, value: PerLeaf, taus: Any) -> list[Any]:
-    """One number per leaf, from a number, a function of the path, or a tree."""
-    names = tree.paths(taus)
-    if callable(value):
-        return [value(path) for path in names]
-    if isinstance(value, (int, float)):
-        return [value] * len(names)
-    if jax.tree.structure(value) != jax.tree.structure(taus):
-        raise ValueError(
-            f"{fn_name}: {name} is neither a number, nor a function of the leaf's "
-            "path, nor a tree of numbers like taus"
-        )
-    return jax.tree.leaves(value)
-
-
-def _axes(fn_name: str, axis: Axis, taus: Any) -> list[int]:
-    """Per leaf the axis of its rows, counted from the end; -1 for scalars."""
-
-    def check(name, x, axis):
-        try:
-            found = operator.index(axis)
-        except TypeError:
-            raise ValueError(
-                f"{fn_name}: axis of {name!r} is {axis!r}, wanted an integer"
-            ) from None
-        shape = jnp.shape(x)[1:]
-        if not shape:
-            return -1
-        if not -len(shape) <= found < len(shape):
-            raise ValueError(
-                f"{fn_name}: axis of {name!r} is {found}, wanted one of its "
-                f"{len(shape)} axes {shape} (the task axis not counted)"
-            )
-        return found if found < 0 else found - len(shape)
-
-    axes = _per_leaf(fn_name, "axis", axis, taus)
-    leaves = jax.tree.leaves(taus)
-    return list(map(check, tree.paths(taus), leaves, axes))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -115,10 +55,10 @@ def _selectors(
         raise ValueError(
             f"{fn_name}: order is {order!r}, wanted 'drop_first' or 'keep_first'"
         )
-    densities = _per_leaf(fn_name, "density", density, taus)
-    drops = _per_leaf(fn_name, "drop_top", drop_top, taus)
+    densities = per_leaf(fn_name, "density", density, taus)
+    drops = per_leaf(fn_name, "drop_top", drop_top, taus)
     leaves = jax.tree.leaves(taus)
-    axes = _axes(fn_name, axis, taus) if group == "row" else [None] * len(leaves)
+    axes = row_axes(fn_name, axis, taus) if group == "row" else [None] * len(leaves)
     return [
         _band(fn_name, x, b, g, a, order, zeros) if tree.is_inexact(x) else None
         for x, b, g, a in zip(leaves, densities, drops, axes, strict=True)

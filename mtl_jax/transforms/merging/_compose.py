@@ -10,6 +10,7 @@ read once more and merged in one fused pass. No trimmed copy of the tasks is mad
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -146,15 +147,53 @@ def check_positive(fn_name: str, weights: jax.Array) -> None:
     )
 
 
-def check_scale(fn_name: str, scale: jax.Array) -> None:
-    """Refuses negative scales."""
-    _check_values(
-        fn_name,
-        "scale is",
-        scale,
-        lambda s: (s >= 0).all(),
-        "0 or more",
-    )
+def check_nonnegative(fn_name: str, subject: str, values: jax.Array) -> None:
+    """Refuses negative numbers."""
+    _check_values(fn_name, subject, values, lambda v: (v >= 0).all(), "0 or more")
+
+
+def check_real(fn_name: str, taus: Any) -> None:
+    """Refuses complex leaves, whose entries have no sign."""
+    for name, leaf in zip(tree.paths(taus), jax.tree.leaves(taus), strict=True):
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+            raise ValueError(f"{fn_name}: {name!r} is complex, wanted a real dtype")
+
+
+def check_key(fn_name: str, key: Any) -> None:
+    """Refuses what `jax.random.key` did not make."""
+    if not hasattr(key, "dtype"):
+        raise ValueError(
+            f"{fn_name}: key is {key!r}, wanted one made by jax.random.key"
+        )
+
+
+def leaf_keys(key: jax.Array, taus: Any, count: int) -> list[jax.Array]:
+    """For every leaf one key per task, [T]."""
+    return [
+        jax.random.split(jax.random.fold_in(key, i), count)
+        for i in range(len(jax.tree.leaves(taus)))
+    ]
+
+
+def check_task(fn_name: str, task: Any, count: int) -> Any:
+    """Index of a task, counted from the front; refused where it is known not to be."""
+    if isinstance(task, jax.core.Tracer):
+        return task
+    try:
+        index = operator.index(task)
+    except TypeError:
+        raise ValueError(f"{fn_name}: task is {task!r}, wanted an integer") from None
+    if not -count <= index < count:
+        raise ValueError(f"{fn_name}: task is {index}, there are {count}")
+    return index % count
+
+
+def nonnegative(fn_name: str, name: str, value: Any) -> float:
+    """A Python float of 0 or more."""
+    value = number(fn_name, name, value)
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{fn_name}: {name} is {value}, wanted 0 or more")
+    return value
 
 
 def top_share(

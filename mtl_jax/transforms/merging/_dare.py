@@ -50,8 +50,7 @@ def dare(
     """
     count, weights = _compose.check_taus("dare", taus, weights, check_finite)
     density = _compose.number("dare", "density", density)
-    if not hasattr(key, "dtype"):
-        raise ValueError(f"dare: key is {key!r}, wanted one made by jax.random.key")
+    _compose.check_key("dare", key)
     _compose.choice("dare", "elect", elect, _compose.ELECT)
     _compose.choice("dare", "reduce", reduce, _compose.REDUCE)
     if reduce == "mean":
@@ -61,9 +60,7 @@ def dare(
     factor = jnp.full(count, 1 / density if rescale else 1.0, jnp.float32)
     share = jnp.full(count, density, jnp.float32)
     selectors = [
-        _compose.Coin(
-            jax.random.split(jax.random.fold_in(key, i), count), share, factor
-        )
-        for i in range(len(jax.tree.leaves(taus)))
+        _compose.Coin(keys, share, factor)
+        for keys in _compose.leaf_keys(key, taus, count)
     ]
     return _compose.merge(taus, selectors, weights, elect=elect, reduce=reduce)

@@ -66,7 +66,7 @@ def _tall(fn_name: str, taus: Any, merged: Any, scale: Any) -> Any:
         raise ValueError(
             f"{fn_name}: scale is {scale.shape}, wanted a scalar or ({count},)"
         )
-    _compose.check_scale(fn_name, scale)
+    _compose.check_nonnegative(fn_name, "scale is", scale)
     scale = jnp.broadcast_to(scale, (count,))
     return jax.tree.map(lambda x, m: _mask_leaf(x, m, scale), taus, merged)
 

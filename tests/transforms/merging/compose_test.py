@@ -22,6 +22,10 @@ MERGES = {
     "tall_masks": {"scale": 0.5},
     "consensus": {"scale": 0.5},
     "magnitude_masks": {"density": 0.5},
+    "model_stock": {},
+    "slerp": {},
+    "multislerp": {},
+    "karcher": {},
 }
 WEIGHTED = [n for n in MERGES if not n.endswith("_masks")]
 
@@ -64,7 +68,14 @@ def test_weights(name, weights, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("average", {}), ("dare", {"reduce": "mean"})]
+    ("name", "options"),
+    [
+        ("average", {}),
+        ("dare", {"reduce": "mean"}),
+        ("model_stock", {}),
+        ("slerp", {}),
+        ("multislerp", {}),
+    ],
 )
 @pytest.mark.parametrize("weights", [(1.0, -1.0), (0.0, 0.0), (0.3, -0.1 - 0.2)])
 def test_means_want_a_weight(name, options, weights):
