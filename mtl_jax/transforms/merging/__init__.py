@@ -22,6 +22,7 @@ from mtl_jax.transforms.merging._dare import dare
 from mtl_jax.transforms.merging._karcher import karcher
 from mtl_jax.transforms.merging._model_stock import model_stock
 from mtl_jax.transforms.merging._multislerp import multislerp
+from mtl_jax.transforms.merging._nearswap import nearswap
 from mtl_jax.transforms.merging._rows import unit_axis
 from mtl_jax.transforms.merging._search import (
     ScaleSearch,
@@ -69,6 +70,7 @@ __all__ = [
     "mask_statistics",
     "model_stock",
     "multislerp",
+    "nearswap",
     "negate",
     "normalised_accuracy",
     "restore_delta",
