@@ -20,6 +20,7 @@ from mtl_jax.transforms.merging._breadcrumbs import (
 )
 from mtl_jax.transforms.merging._dare import dare
 from mtl_jax.transforms.merging._karcher import karcher
+from mtl_jax.transforms.merging._magmax import magmax
 from mtl_jax.transforms.merging._model_stock import model_stock
 from mtl_jax.transforms.merging._multislerp import multislerp
 from mtl_jax.transforms.merging._nearswap import nearswap
@@ -65,6 +66,7 @@ __all__ = [
     "drop_outliers",
     "karcher",
     "keep_top",
+    "magmax",
     "magnitude_masks",
     "mask_counts",
     "mask_statistics",
