@@ -19,6 +19,7 @@ from mtl_jax.transforms.merging._breadcrumbs import (
     scale,
 )
 from mtl_jax.transforms.merging._dare import dare
+from mtl_jax.transforms.merging._emr import Emr, emr, emr_restore
 from mtl_jax.transforms.merging._karcher import karcher
 from mtl_jax.transforms.merging._magmax import magmax
 from mtl_jax.transforms.merging._model_stock import model_stock
@@ -50,6 +51,7 @@ from mtl_jax.tree import combine
 
 __all__ = [
     "CompressionBits",
+    "Emr",
     "MaskStatistics",
     "ScaleSearch",
     "Trial",
@@ -64,6 +66,8 @@ __all__ = [
     "consensus_mask",
     "dare",
     "drop_outliers",
+    "emr",
+    "emr_restore",
     "karcher",
     "keep_top",
     "magmax",
