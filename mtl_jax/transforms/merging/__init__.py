@@ -25,6 +25,7 @@ from mtl_jax.transforms.merging._magmax import magmax
 from mtl_jax.transforms.merging._model_stock import model_stock
 from mtl_jax.transforms.merging._multislerp import multislerp
 from mtl_jax.transforms.merging._nearswap import nearswap
+from mtl_jax.transforms.merging._ram import ram, ram_plus
 from mtl_jax.transforms.merging._rows import unit_axis
 from mtl_jax.transforms.merging._search import (
     ScaleSearch,
@@ -79,6 +80,8 @@ __all__ = [
     "nearswap",
     "negate",
     "normalised_accuracy",
+    "ram",
+    "ram_plus",
     "restore_delta",
     "scale",
     "scale_search",
