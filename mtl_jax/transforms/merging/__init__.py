@@ -20,6 +20,7 @@ from mtl_jax.transforms.merging._breadcrumbs import (
 )
 from mtl_jax.transforms.merging._dare import dare
 from mtl_jax.transforms.merging._emr import Emr, emr, emr_restore
+from mtl_jax.transforms.merging._expo import expo
 from mtl_jax.transforms.merging._karcher import karcher
 from mtl_jax.transforms.merging._magmax import magmax
 from mtl_jax.transforms.merging._model_stock import model_stock
@@ -69,6 +70,7 @@ __all__ = [
     "drop_outliers",
     "emr",
     "emr_restore",
+    "expo",
     "karcher",
     "keep_top",
     "magmax",
