@@ -45,7 +45,9 @@ def _add_experiments(add: Callable[..., argparse.ArgumentParser]) -> None:
         "compile an experiment for a TPU that is not here, and say whether it fits",
         """\
         mtl-jax preflight experiments/configs/tall_masks.py:paper --topology v5e:4x4
-        mtl-jax preflight CONFIG --topology v5p:2x2x2 --mesh data=4,model=2""",
+        mtl-jax preflight CONFIG --topology v5p:2x2x2 --mesh data=4,model=2
+        mtl-jax preflight experiments/configs/lm_demo.py:llama3_8b_lora \\
+            --topology v5e:4x4""",
     )
     preflight.add_argument("config", metavar="CONFIG[:VARIANT]", help=_CONFIG_HELP)
     preflight.add_argument(
