@@ -53,7 +53,7 @@ class EncDecBlock(nn.Module):
         layer: chex.Array | None,
     ) -> tuple[chex.Array, dict[str, chex.Array] | None]:
         """Args: see `run_layers`. Returns: ([B, L, D], the new cache)."""
-        new = None if cache is None else {}
+        new: dict[str, chex.Array] = {}
 
         def add(name, branch, x):
             """The new x, with what `branch` returns besides written to the cache."""
@@ -82,4 +82,5 @@ class EncDecBlock(nn.Module):
             cross = self.cross(name="cross_attention")
             inputs = shared.cross, shared.memory
             x = add("cross_attention", attend("memory_", cross, *inputs), x)
-        return add("mlp", self.mlp(name="mlp"), x), new
+        x = add("mlp", self.mlp(name="mlp"), x)
+        return x, None if cache is None else new
