@@ -21,6 +21,7 @@ from mtl_jax.transforms.merging._breadcrumbs import (
 from mtl_jax.transforms.merging._dare import dare
 from mtl_jax.transforms.merging._emr import Emr, emr, emr_restore
 from mtl_jax.transforms.merging._expo import expo
+from mtl_jax.transforms.merging._iso import iso_c, iso_cts
 from mtl_jax.transforms.merging._karcher import karcher
 from mtl_jax.transforms.merging._magmax import magmax
 from mtl_jax.transforms.merging._model_stock import model_stock
@@ -49,6 +50,7 @@ from mtl_jax.transforms.merging._tall_masks import (
 )
 from mtl_jax.transforms.merging._task_vectors import task_vectors
 from mtl_jax.transforms.merging._ties import ties, ties_select
+from mtl_jax.transforms.merging._tsv import tsv_merge
 from mtl_jax.tree import combine
 
 __all__ = [
@@ -71,6 +73,8 @@ __all__ = [
     "emr",
     "emr_restore",
     "expo",
+    "iso_c",
+    "iso_cts",
     "karcher",
     "keep_top",
     "magmax",
@@ -93,5 +97,6 @@ __all__ = [
     "task_vectors",
     "ties",
     "ties_select",
+    "tsv_merge",
     "unit_axis",
 ]

@@ -1,0 +1,145 @@
+"""Isotropic merging: every direction of the merged matrix gets the same strength."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from mtl_jax._checks import share
+from mtl_jax.transforms.merging import _compose, _spectral
+
+
+def iso_c(
+    taus: Any,
+    *,
+    weights: Any = None,
+    key: Any = None,
+    matrices: _spectral.Matrices = None,
+    polar: _spectral.Polar = "svd",
+    check_finite: bool = True,
+) -> Any:
+    r"""Sums task matrices and makes all singular values their mean.
+
+      sum_t w_t tau_t = U S V^T,    result = mean(S) U V^T
+
+    Args:
+      taus: task tree, leaves [T, ...].
+      weights: [T], ones by default; they multiply the task vectors.
+      key: unused; every merge takes one.
+      matrices: which leaves are matrices; see `tsv_merge`. Other leaves become the
+        weighted mean.
+      polar: how U V^T is found, "svd", "gram" or "newton", matrix products alone. The
+        mean comes from it, sum(S) = <U V^T, sum_t w_t tau_t>.
+      check_finite: refuse NaN and infinity in concrete arrays, by leaf name.
+
+    Returns:
+      Tree with leaves [...] in the dtypes of `taus`.
+
+    Raises:
+      ValueError: an option that does not exist, weights that do not fit or sum to
+        zero, or NaN or infinity.
+
+    Follows: Marczak et al. 2025, "No Task Left Behind", section 4.1, Iso-C.
+    Differs: directions in which the sum is zero stay zero (they count in the mean); the
+      released code gives them the mean along arbitrary vectors.
+
+    >>> import jax.numpy as jnp
+    >>> taus = {"w": jnp.array([[[4.0, 0.0], [0.0, 1.0]], [[2.0, 0.0], [0.0, 1.0]]])}
+    >>> iso_c(taus)["w"].round(4).tolist()
+    [[4.0, 0.0], [0.0, 4.0]]
+    """
+    del key
+    _compose.choice("iso_c", "polar", polar, _spectral.POLAR)
+    return _spectral.merge(
+        "iso_c", taus, weights, matrices, _common, (polar,), check_finite=check_finite
+    )
+
+
+def _common(x, polar):
+    """[T, B, m, n] -> [B, m, n]."""
+    total = x.sum(0)
+    flat = _spectral.polar(total, polar)
+    mean = (flat * total).sum((-2, -1), keepdims=True) / min(x.shape[-2:])
+    return mean * flat
+
+
+def iso_cts(
+    taus: Any,
+    *,
+    common: float = 0.8,
+    weights: Any = None,
+    key: Any = None,
+    matrices: _spectral.Matrices = None,
+    layout: _spectral.Layout = "in_out",
+    svd: _spectral.TopSvd = "svd",
+    polar: _spectral.Polar = "svd",
+    check_finite: bool = True,
+) -> Any:
+    r"""Makes isotropic a common subspace and, beside it, one of each task.
+
+      U_c S_c V_c^T    the leading c triplets of sum_t w_t tau_t
+      U_t S_t V_t^T    the leading (k - c) / T triplets of (I - U_c U_c^T) w_t tau_t
+      result = mean(S) P([U_1 ... U_T U_c]) P([V_1 ... V_T V_c])^T
+
+    with k = min(m, n) columns in all, P(X) = X (X^T X)^(-1/2), U on the side of the
+    outputs, and S of all the triplets.
+
+    Args:
+      taus: task tree, leaves [T, ...].
+      common: fraction of the k directions that are common; the rest is rounded to a
+        multiple of T.
+      weights: [T], ones by default; they multiply the task vectors.
+      key: unused; every merge takes one.
+      matrices: which leaves are matrices; see `tsv_merge`. Other leaves become the
+        weighted mean.
+      layout: of the matrices, "in_out" as Flax has kernels, "out_in" as PyTorch.
+      svd: how singular vectors are found, "svd", "gram" or "sketch".
+      polar: how P is found, "svd", "gram" or "newton".
+      check_finite: refuse NaN and infinity in concrete arrays, by leaf name.
+
+    Returns:
+      Tree with leaves [...] in the dtypes of `taus`.
+
+    Raises:
+      ValueError: an option that does not exist, a fraction outside [0, 1], weights
+        that do not fit or sum to zero, or NaN or infinity.
+
+    Follows: Marczak et al. 2025, "No Task Left Behind", algorithm 2, Iso-CTS.
+    Differs: directions that are not there are left out of P and count in the mean as
+      0, as in `iso_c`. Where rounding would leave less than no common directions, as
+      for k = 3 and T = 2, each task gets one less.
+
+    >>> import jax.numpy as jnp
+    >>> taus = {"w": jnp.array([[[4.0, 0.0], [0.0, 1.0]], [[2.0, 0.0], [0.0, 1.0]]])}
+    >>> iso_cts(taus, common=1.0)["w"].round(4).tolist()
+    [[4.0, 0.0], [0.0, 4.0]]
+    """
+    del key
+    share("iso_cts", "common", common, 1)
+    _compose.choice("iso_cts", "svd", svd, _spectral.TOP_SVD)
+    _compose.choice("iso_cts", "polar", polar, _spectral.POLAR)
+    return _spectral.merge(
+        "iso_cts",
+        taus,
+        weights,
+        matrices,
+        _common_and_own,
+        (float(common), svd, polar),
+        layout=layout,
+        check_finite=check_finite,
+    )
+
+
+def _common_and_own(x, common, svd, polar):
+    """[T, B, m, n] -> [B, m, n]."""
+    count, k = x.shape[0], min(x.shape[-2:])
+    own = min(round((k - share("iso_cts", "common", common, k)) / count), k // count)
+    total = x.sum(0)
+    u, s, vt = _spectral.svd(total, k - own * count, svd)
+    if own:
+        beside = x - _spectral.matmul(u, _spectral.matmul(_spectral.transpose(u), x))
+        u_own, s_own, vt_own = _spectral.svd(beside, own, svd)
+        u = jnp.concatenate([*u_own, u], -1)
+        s = jnp.concatenate([*s_own, s], -1)
+        vt = jnp.concatenate([*vt_own, vt], -2)
+    flat = _spectral.matmul(_spectral.polar(u, polar), _spectral.polar(vt, polar))
+    return s.mean(-1)[..., None, None] * flat
