@@ -18,7 +18,10 @@ class Experiment:
       report: collects tables and figures.
       claims: (claim, what was measured, whether it holds).
       progress: a `report.Progress`.
+      claims_title: of the table of claims.
     """
+
+    claims_title = "What the papers claim, and what was measured here"
 
     def __init__(
         self, config: ConfigDict, document: report.Report, progress: report.Progress
@@ -55,7 +58,7 @@ class Experiment:
         if self.claims:
             document.add_table(
                 report.Table(
-                    title="What the papers claim, and what was measured here",
+                    title=self.claims_title,
                     columns=("claim", "measured", "holds"),
                     rows=tuple(self.claims),
                     caption=rests_on,

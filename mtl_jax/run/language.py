@@ -81,6 +81,7 @@ class LanguageStudy(Experiment):
     """Trains an adapter per domain and seed; measures each on every domain."""
 
     results: dict[str, Result]
+    claims_title = "What was expected, and what was measured"
 
     def __init__(
         self,
@@ -112,6 +113,7 @@ class LanguageStudy(Experiment):
         compute = causal_lm.token_losses(self.model.module, self.lora)
         self.sums = jax.jit(lambda p, b: [jnp.sum(x) for x in compute(p, b)])
         self.samples: list[tuple[str, ...]] = []
+        self.decoding: list[tuple[int, float]] = []  # (tokens, seconds) of a batch
 
     def _documents(self, name, split, limit):
         end = self.model.special["eos"]
@@ -249,7 +251,8 @@ class LanguageStudy(Experiment):
             texts = [tuple(tokenizer.decode(list(map(int, p))) for p in prompts)]
             after = {"base": self.model.params, "lora": adapters[name, seed]}
             plain = nf4.dequantize(self.model.params)
-            for params in (plain, self.lora.merge(after)):
+            for params in jax.block_until_ready((plain, self.lora.merge(after))):
+                start = time.monotonic()
                 found = decoding.generate(
                     model,
                     params,
@@ -257,6 +260,8 @@ class LanguageStudy(Experiment):
                     max_new_tokens=options.max_new_tokens,
                     stop=() if end is None else end,
                 )
+                tokens = int(found.lengths.sum())
+                self.decoding.append((tokens, time.monotonic() - start))
                 texts.append(tuple(tokenizer.decode(row) for row in found.rows()))
             self.samples += [(name, *row) for row in zip(*texts, strict=True)]
 
@@ -328,6 +333,12 @@ def _add_table(study: LanguageStudy) -> None:
     )
 
 
+def _speed(batches: list[tuple[int, float]]) -> str:
+    """Of all batches but the first, which was compiled."""
+    tokens, seconds = (sum(each) for each in zip(*batches[1:], strict=True))
+    return f"{tokens / seconds:,.1f} tokens a second, all rows of a batch together."
+
+
 def _add_details(study: LanguageStudy) -> None:
     curves = {name: study.results[name].curve for name in study.domains}
     steps = len(next(iter(curves.values()))[0])
@@ -345,6 +356,7 @@ def _add_details(study: LanguageStudy) -> None:
             title="Greedy continuations of test texts, before and after",
             columns=("domain", "prompt", "before", "after"),
             rows=tuple(study.samples),
+            caption=_speed(study.decoding),
         )
     )
     adapter = study.start(study.seeds[0])["lora"]
