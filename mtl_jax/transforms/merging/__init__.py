@@ -1,7 +1,8 @@
 """Merging of fine-tuned models: task vectors and every rule that combines them.
 
 Every merge takes a task tree (leaves [T, ...]) and returns a delta shaped like the
-parameters, to be applied with `tree.add_scaled(base, delta, scale)`.
+parameters, to be applied with `tree.add_scaled(base, delta, scale)`. The interpolations
+on spheres, whose argument is named `experts`, take and return parameters.
 """
 
 from mtl_jax.transforms.merging._arithmetic import (
@@ -29,6 +30,7 @@ from mtl_jax.transforms.merging._multislerp import multislerp
 from mtl_jax.transforms.merging._nearswap import nearswap
 from mtl_jax.transforms.merging._ram import ram, ram_plus
 from mtl_jax.transforms.merging._rows import unit_axis
+from mtl_jax.transforms.merging._sce import sce
 from mtl_jax.transforms.merging._search import (
     ScaleSearch,
     Trial,
@@ -91,6 +93,7 @@ __all__ = [
     "restore_delta",
     "scale",
     "scale_search",
+    "sce",
     "slerp",
     "tall_masks",
     "task_arithmetic",

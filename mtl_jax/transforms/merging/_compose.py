@@ -159,6 +159,20 @@ def check_real(fn_name: str, taus: Any) -> None:
             raise ValueError(f"{fn_name}: {name!r} is complex, wanted a real dtype")
 
 
+def check_index(fn_name: str, name: str, value: Any) -> None:
+    """Refuses what is known not to be an integer of 0 or more."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    try:
+        fits = operator.index(value) >= 0
+    except TypeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{fn_name}: {name} is {value!r}, wanted an integer of 0 or more"
+        )
+
+
 def check_key(fn_name: str, key: Any) -> None:
     """Refuses what `jax.random.key` did not make."""
     if not hasattr(key, "dtype"):

@@ -1,6 +1,5 @@
 """The Karcher mean: the point of a sphere nearest to all models along its surface."""
 
-import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -117,13 +116,8 @@ def karcher(
     del key
     _, weights = _compose.check_taus("karcher", experts, weights, check_finite)
     _compose.check_positive("karcher", weights)
-    try:
-        max_steps = operator.index(max_steps)
-    except TypeError:
-        max_steps = -1
-    if max_steps < 0:
-        raise ValueError("karcher: max_steps is not an integer of 0 or more")
+    _compose.check_index("karcher", "max_steps", max_steps)
     tolerance = _compose.nonnegative("karcher", "tolerance", tolerance)
-    rule = _Mean(max_steps, tolerance)
+    rule = _Mean(int(max_steps), tolerance)
     shares = weights / weights.sum()
     return _sphere.merge("karcher", experts, shares, rule, scope, axis)

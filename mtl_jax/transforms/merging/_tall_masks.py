@@ -1,11 +1,9 @@
 """TALL-masks: pull one task back out of a merged vector; Consensus merging."""
 
 import functools
-import operator
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 
 from mtl_jax import tree
@@ -181,21 +179,8 @@ def consensus_mask(counts: Any, min_tasks: int) -> Any:
     >>> consensus_mask({"w": jnp.array([2, 1, 0])}, 2)["w"].tolist()
     [True, False, False]
     """
-    _check_min_tasks("consensus_mask", min_tasks)
+    _compose.check_index("consensus_mask", "min_tasks", min_tasks)
     return jax.tree.map(lambda c: c.astype(jnp.int32) >= min_tasks, counts)
-
-
-def _check_min_tasks(fn_name: str, min_tasks: Any) -> None:
-    if isinstance(min_tasks, jax.core.Tracer):
-        return
-    try:
-        fits = operator.index(min_tasks) >= 0
-    except TypeError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"{fn_name}: min_tasks is {min_tasks!r}, wanted an integer of 0 or more"
-        )
 
 
 def consensus(
@@ -240,7 +225,7 @@ def consensus(
     """
     del key
     _, ones = _compose.check_taus("consensus", taus, weights, check_finite)
-    _check_min_tasks("consensus", min_tasks)
+    _compose.check_index("consensus", "min_tasks", min_tasks)
     if (masks is None) == (scale is None):
         raise ValueError("consensus: give either masks or scale, and not both")
     if weights is not None and merged is not None:
