@@ -5,6 +5,7 @@ parameters, to be applied with `tree.add_scaled(base, delta, scale)`. The interp
 on spheres, whose argument is named `experts`, take and return parameters.
 """
 
+from mtl_jax.transforms.merging._arcee_fusion import arcee_fusion
 from mtl_jax.transforms.merging._arithmetic import (
     analogy,
     average,
@@ -62,6 +63,7 @@ __all__ = [
     "ScaleSearch",
     "Trial",
     "analogy",
+    "arcee_fusion",
     "average",
     "band_masks",
     "breadcrumbs",
