@@ -21,6 +21,7 @@ from mtl_jax.transforms.merging._breadcrumbs import (
     scale,
 )
 from mtl_jax.transforms.merging._dare import dare
+from mtl_jax.transforms.merging._della import della
 from mtl_jax.transforms.merging._emr import Emr, emr, emr_restore
 from mtl_jax.transforms.merging._expo import expo
 from mtl_jax.transforms.merging._iso import iso_c, iso_cts
@@ -73,6 +74,7 @@ __all__ = [
     "consensus",
     "consensus_mask",
     "dare",
+    "della",
     "drop_outliers",
     "emr",
     "emr_restore",
