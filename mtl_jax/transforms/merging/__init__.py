@@ -54,6 +54,7 @@ from mtl_jax.transforms.merging._tall_masks import (
 )
 from mtl_jax.transforms.merging._task_vectors import task_vectors
 from mtl_jax.transforms.merging._ties import ties, ties_select
+from mtl_jax.transforms.merging._trust_region import trust_region
 from mtl_jax.transforms.merging._tsv import tsv_merge
 from mtl_jax.tree import combine
 
@@ -104,6 +105,7 @@ __all__ = [
     "task_vectors",
     "ties",
     "ties_select",
+    "trust_region",
     "tsv_merge",
     "unit_axis",
 ]
