@@ -30,6 +30,7 @@ from mtl_jax.transforms.merging._magmax import magmax
 from mtl_jax.transforms.merging._model_stock import model_stock
 from mtl_jax.transforms.merging._multislerp import multislerp
 from mtl_jax.transforms.merging._nearswap import nearswap
+from mtl_jax.transforms.merging._pcb import pcb
 from mtl_jax.transforms.merging._ram import ram, ram_plus
 from mtl_jax.transforms.merging._rows import unit_axis
 from mtl_jax.transforms.merging._sce import sce
@@ -93,6 +94,7 @@ __all__ = [
     "nearswap",
     "negate",
     "normalised_accuracy",
+    "pcb",
     "ram",
     "ram_plus",
     "restore_delta",
