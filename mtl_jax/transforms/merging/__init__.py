@@ -12,6 +12,7 @@ from mtl_jax.transforms.merging._arithmetic import (
     negate,
     task_arithmetic,
 )
+from mtl_jax.transforms.merging._bitdelta import BitDelta, bitdelta, bitdelta_restore
 from mtl_jax.transforms.merging._breadcrumbs import (
     band_masks,
     breadcrumbs,
@@ -61,6 +62,7 @@ from mtl_jax.transforms.merging._tsv import tsv_merge
 from mtl_jax.tree import combine
 
 __all__ = [
+    "BitDelta",
     "CompressionBits",
     "Emr",
     "MaskStatistics",
@@ -70,6 +72,8 @@ __all__ = [
     "arcee_fusion",
     "average",
     "band_masks",
+    "bitdelta",
+    "bitdelta_restore",
     "breadcrumbs",
     "chain",
     "combine",
