@@ -34,6 +34,7 @@ from mtl_jax.transforms.merging._multislerp import multislerp
 from mtl_jax.transforms.merging._nearswap import nearswap
 from mtl_jax.transforms.merging._pcb import pcb
 from mtl_jax.transforms.merging._ram import ram, ram_plus
+from mtl_jax.transforms.merging._randes import randes, randes_restore
 from mtl_jax.transforms.merging._rows import unit_axis
 from mtl_jax.transforms.merging._sce import sce
 from mtl_jax.transforms.merging._search import (
@@ -104,6 +105,8 @@ __all__ = [
     "pcb",
     "ram",
     "ram_plus",
+    "randes",
+    "randes_restore",
     "restore_delta",
     "scale",
     "scale_search",

@@ -26,6 +26,17 @@ MERGES = {
     "slerp": {},
     "multislerp": {},
     "karcher": {},
+    "nearswap": {"threshold": 0.5},
+    "magmax": {},
+    "emr": {},
+    "sce": {"density": 0.5},
+    "ram": {},
+    "ram_plus": {},
+    "della": {"density": 0.5, "key": KEY},
+    "pcb": {"density": 0.5},
+    "trust_region": {"density": 0.5},
+    "expo": {"strength": 0.5},
+    "randes": {"key": KEY},
 }
 WEIGHTED = [n for n in MERGES if not n.endswith("_masks")]
 
@@ -75,6 +86,8 @@ def test_weights(name, weights, message):
         ("model_stock", {}),
         ("slerp", {}),
         ("multislerp", {}),
+        ("expo", {"strength": 0.5}),
+        ("della", {"elect": "none", "reduce": "mean"}),
     ],
 )
 @pytest.mark.parametrize("weights", [(1.0, -1.0), (0.0, 0.0), (0.3, -0.1 - 0.2)])
@@ -83,7 +96,9 @@ def test_means_want_a_weight(name, options, weights):
     assert "wanted a sum other than 0" in text
 
 
-@pytest.mark.parametrize("name", ["ties", "ties_select"])
+@pytest.mark.parametrize(
+    "name", ["ties", "ties_select", "karcher", "emr", "sce", "della"]
+)
 @pytest.mark.parametrize("weights", [[1.0, 0.0], [2.0, -1.0]])
 def test_elections_want_positive_weights(name, weights):
     text = refusal(name, TAUS, weights=weights)
