@@ -25,7 +25,7 @@ def distance_buckets(num_buckets: int, max_distance: int) -> np.ndarray:
       ValueError: if there are no buckets of more than one distance.
 
     >>> distance_buckets(4, 8)
-    array([0, 1, 2, 2, 2, 3, 3, 3, 3], dtype=int32)
+    array([0, 1, 2, 2, 3, 3, 3, 3, 3], dtype=int32)
     """
     exact = num_buckets // 2
     if exact < 1 or max_distance <= exact:
