@@ -27,6 +27,7 @@ from mtl_jax.transforms.merging._emr import Emr, emr, emr_restore
 from mtl_jax.transforms.merging._expo import expo
 from mtl_jax.transforms.merging._iso import iso_c, iso_cts
 from mtl_jax.transforms.merging._karcher import karcher
+from mtl_jax.transforms.merging._knots import knots
 from mtl_jax.transforms.merging._lines import layer_index, lines
 from mtl_jax.transforms.merging._magmax import magmax
 from mtl_jax.transforms.merging._model_stock import model_stock
@@ -91,6 +92,7 @@ __all__ = [
     "iso_cts",
     "karcher",
     "keep_top",
+    "knots",
     "layer_index",
     "lines",
     "magmax",
