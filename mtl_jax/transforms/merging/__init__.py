@@ -45,6 +45,7 @@ from mtl_jax.transforms.merging._search import (
     scale_search,
 )
 from mtl_jax.transforms.merging._slerp import slerp
+from mtl_jax.transforms.merging._svc import svc
 from mtl_jax.transforms.merging._tall_masks import (
     CompressionBits,
     MaskStatistics,
@@ -114,6 +115,7 @@ __all__ = [
     "scale_search",
     "sce",
     "slerp",
+    "svc",
     "tall_masks",
     "task_arithmetic",
     "task_vectors",
