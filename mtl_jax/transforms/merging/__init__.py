@@ -33,6 +33,7 @@ from mtl_jax.transforms.merging._magmax import magmax
 from mtl_jax.transforms.merging._model_stock import model_stock
 from mtl_jax.transforms.merging._multislerp import multislerp
 from mtl_jax.transforms.merging._nearswap import nearswap
+from mtl_jax.transforms.merging._opcm import opcm
 from mtl_jax.transforms.merging._pcb import pcb
 from mtl_jax.transforms.merging._ram import ram, ram_plus
 from mtl_jax.transforms.merging._randes import randes, randes_restore
@@ -105,6 +106,7 @@ __all__ = [
     "nearswap",
     "negate",
     "normalised_accuracy",
+    "opcm",
     "pcb",
     "ram",
     "ram_plus",
