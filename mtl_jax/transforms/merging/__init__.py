@@ -37,6 +37,7 @@ from mtl_jax.transforms.merging._opcm import opcm
 from mtl_jax.transforms.merging._pcb import pcb
 from mtl_jax.transforms.merging._ram import ram, ram_plus
 from mtl_jax.transforms.merging._randes import randes, randes_restore
+from mtl_jax.transforms.merging._rmm import RmmBank, rmm_basis, rmm_cost, rmm_restore
 from mtl_jax.transforms.merging._rows import unit_axis
 from mtl_jax.transforms.merging._sce import sce
 from mtl_jax.transforms.merging._search import (
@@ -70,6 +71,7 @@ __all__ = [
     "CompressionBits",
     "Emr",
     "MaskStatistics",
+    "RmmBank",
     "ScaleSearch",
     "Trial",
     "analogy",
@@ -113,6 +115,9 @@ __all__ = [
     "randes",
     "randes_restore",
     "restore_delta",
+    "rmm_basis",
+    "rmm_cost",
+    "rmm_restore",
     "scale",
     "scale_search",
     "sce",
