@@ -64,6 +64,7 @@ from mtl_jax.transforms.merging._task_vectors import task_vectors
 from mtl_jax.transforms.merging._ties import ties, ties_select
 from mtl_jax.transforms.merging._trust_region import trust_region
 from mtl_jax.transforms.merging._tsv import tsv_merge
+from mtl_jax.transforms.merging._wudi import wudi
 from mtl_jax.tree import combine
 
 __all__ = [
@@ -131,4 +132,5 @@ __all__ = [
     "trust_region",
     "tsv_merge",
     "unit_axis",
+    "wudi",
 ]
