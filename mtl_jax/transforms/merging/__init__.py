@@ -29,6 +29,7 @@ from mtl_jax.transforms.merging._iso import iso_c, iso_cts
 from mtl_jax.transforms.merging._karcher import karcher
 from mtl_jax.transforms.merging._knots import knots
 from mtl_jax.transforms.merging._lines import layer_index, lines
+from mtl_jax.transforms.merging._lora_merge import lora_cat, lora_svd
 from mtl_jax.transforms.merging._magmax import magmax
 from mtl_jax.transforms.merging._model_stock import model_stock
 from mtl_jax.transforms.merging._multislerp import multislerp
@@ -100,6 +101,8 @@ __all__ = [
     "knots",
     "layer_index",
     "lines",
+    "lora_cat",
+    "lora_svd",
     "magmax",
     "magnitude_masks",
     "mask_counts",
