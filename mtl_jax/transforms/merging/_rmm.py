@@ -113,7 +113,7 @@ def rmm_restore(bank: RmmBank, task: Any) -> Any:
         raise ValueError(f"rmm_restore: task is {task}, the bank has {count}")
 
     parts = (_turn(bank.mean), bank.basis, bank.coefficients)
-    return _turn(jax.tree.map(lambda *x: _restore(*x, task), *parts))
+    return _turn(jax.tree.map(lambda m, b, c: _restore(m, b, c, task), *parts))
 
 
 def rmm_cost(rank: int, tasks: int, p: int) -> float:

@@ -1,0 +1,131 @@
+"""Singular vectors, polar factors and the matrices of a tree."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtl_jax.transforms.merging import _spectral
+
+
+def draw(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def falling(seed, m, n, last):
+    """A matrix whose singular values fall from 1 to `last`."""
+    u, _, vt = np.linalg.svd(draw(seed, m, n), full_matrices=False)
+    return u * np.geomspace(1, last, min(m, n)) @ vt
+
+
+def exact_polar(x):
+    u, _, vt = np.linalg.svd(x, full_matrices=False)
+    return u @ vt
+
+
+def error(got, want):
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+svd = jax.jit(_spectral.svd, static_argnums=(1, 2))
+polar = jax.jit(_spectral.polar, static_argnums=1)
+
+
+@pytest.mark.parametrize("method", ["svd", "gram"])
+@pytest.mark.parametrize("shape", [(8, 5), (5, 8)])
+def test_triplets_rebuild_and_match(method, shape):
+    x = np.stack([falling(i, *shape, 0.1) for i in range(2)])
+    u, s, vt = map(np.asarray, svd(jnp.asarray(x, jnp.float32), None, method))
+    np.testing.assert_allclose(u * s[:, None] @ vt, x, atol=1e-5)
+    np.testing.assert_allclose(s, np.linalg.svd(x, compute_uv=False), atol=1e-5)
+    for side in (u.swapaxes(1, 2) @ u, vt @ vt.swapaxes(1, 2)):
+        np.testing.assert_allclose(side, np.stack([np.eye(5)] * 2), atol=1e-3)
+    short = svd(jnp.asarray(x, jnp.float32), 2, method)
+    np.testing.assert_allclose(short[1], s[:, :2], rtol=1e-5)
+    assert short[0].shape == (2, shape[0], 2) and short[2].shape == (2, 2, shape[1])
+
+
+def test_a_gram_loses_the_vectors_of_small_values_and_no_more():
+    x = jnp.asarray(falling(0, 24, 24, 1e-6), jnp.float32)
+    u, s, vt = map(np.asarray, svd(x, None, "gram"))
+    np.testing.assert_allclose(u * s @ vt, x, atol=1e-5)
+    large = np.geomspace(1, 1e-6, 24) > 3e-2
+    near = (vt @ vt.T)[large][:, large]
+    np.testing.assert_allclose(near, np.eye(large.sum()), atol=2e-2)
+
+
+def test_a_sketch_finds_the_leading_part():
+    x = falling(1, 60, 50, 1e-5)
+    u, s, vt = map(np.asarray, svd(jnp.asarray(x, jnp.float32), 8, "sketch"))
+    left, values, right = np.linalg.svd(x, full_matrices=False)
+    assert error(u * s @ vt, left[:, :8] * values[:8] @ right[:8]) < 1e-2
+
+
+@pytest.mark.parametrize("method", ["svd", "gram"])
+def test_directions_that_are_not_there_are_zeros(method):
+    x = np.zeros((2, 6, 4))
+    x[0, 0, 0] = 3.0
+    u, s, vt = map(np.asarray, svd(jnp.asarray(x, jnp.float32), None, method))
+    np.testing.assert_allclose(s, [[3, 0, 0, 0], [0, 0, 0, 0]], atol=1e-6)
+    assert not u[:, :, 1:].any() and not vt[:, 1:].any() and not u[1].any()
+
+
+@pytest.mark.parametrize(
+    ("method", "last", "bound"),
+    [
+        ("svd", 1e-3, 1e-3),
+        ("gram", 1e-3, 2e-2),
+        ("newton", 1e-3, 2e-2),
+        ("gram", 0.2, 1e-4),
+        ("newton", 0.2, 1e-3),
+    ],
+)
+@pytest.mark.parametrize("shape", [(12, 12), (20, 8), (8, 20)])
+def test_polar_factors(method, last, bound, shape):
+    x = falling(2, *shape, last)
+    got = np.asarray(polar(jnp.asarray(x, jnp.float32), method))
+    assert error(got, exact_polar(x)) < bound
+    scaled = polar(jnp.asarray(1e4 * x, jnp.float32), method)
+    assert error(np.asarray(scaled), exact_polar(x)) < bound
+
+
+@pytest.mark.parametrize("method", ["svd", "gram", "newton"])
+def test_polar_of_low_rank_is_a_partial_isometry(method):
+    x = draw(3, 10, 3) @ draw(4, 3, 8)
+    u, _, vt = np.linalg.svd(x)
+    got = np.asarray(polar(jnp.asarray(x, jnp.float32), method))
+    assert error(got, u[:, :3] @ vt[:3]) < 1e-2
+    assert not np.asarray(polar(jnp.zeros((2, 4, 3)), method)).any()
+
+
+def test_newton_brings_every_value_near_one():
+    x = np.geomspace(1e-4, 1, 500)
+    for a, b, c in _spectral._newton_steps(1e-4):
+        x = a * x + b * x**3 + c * x**5
+    np.testing.assert_allclose(x, 1, atol=1e-6)
+
+
+def test_views_by_shape_rule_and_kind():
+    taus = {
+        "bias": jnp.zeros((2, 3)),
+        "conv": jnp.zeros((2, 2, 2, 3, 5)),
+        "ids": jnp.zeros((2, 3, 4), jnp.int32),
+        "none": jnp.zeros((2, 0, 4)),
+        "w": jnp.zeros((2, 3, 4)),
+    }
+    assert _spectral.views("f", taus, None) == {"w": (0, 1)}
+    every = _spectral.views("f", taus, lambda _, shape: len(shape) > 1)
+    assert every == {"w": (0, 1), "conv": (2, 1)}
+    flat = _spectral.views(
+        "f", taus, lambda name, _: (0, 3) if name == "conv" else None
+    )
+    assert flat == {"conv": (0, 3)}
+    x = jnp.asarray(draw(5, 2, 2, 2, 3, 5), jnp.float32)
+    seen = _spectral.to_matrices(x, flat["conv"], "in_out")
+    assert seen.shape == (2, 1, 5, 12)
+    back = _spectral.from_matrices(seen[0], x, "in_out")
+    np.testing.assert_array_equal(back, x[0])
+    with pytest.raises(
+        ValueError, match=r"f: matrices gives True for 'bias' of \(3,\)"
+    ):
+        _spectral.views("f", taus, lambda name, _: name == "bias")
