@@ -14,8 +14,8 @@ class _Direction(NamedTuple):
 
     def __call__(self, x: jax.Array, weights: jax.Array, axes: Any) -> jax.Array:
         u, lengths = _sphere.units(x, axes)
-        mean = jnp.sum(weights * u, 0, keepdims=True)
-        length = jnp.sqrt(jnp.sum(jnp.square(mean), axes, keepdims=True))
+        mean = _sphere.combine(weights, u)
+        length = jnp.sqrt(_sphere.total(jnp.square(mean), axes))
         usable = length > _sphere.TINY * jnp.sum(jnp.abs(weights), 0, keepdims=True)
         size = jnp.sum(weights * lengths, 0, keepdims=True)
         factors = weights / jnp.where(lengths > 0, lengths, 1) * size

@@ -18,6 +18,11 @@ def _per_task(values: jax.Array, like: jax.Array) -> jax.Array:
     return values.reshape(-1, *(1,) * (like.ndim - 1))
 
 
+def _over_tasks(x: jax.Array) -> jax.Array:
+    """Sum over tasks, written out; a reduction of the first axis is slow on CPUs."""
+    return functools.reduce(jnp.add, [x[t] for t in range(x.shape[0])])
+
+
 @jax.jit
 def _clipped(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     """Magnitudes within the bounds of each task, float32."""
@@ -35,7 +40,7 @@ def _score(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     )
     inner = jnp.exp(x.shape[0] * jnp.square(jnp.where(range_ > 0, rise, 1)))
     x = x.astype(jnp.float32)
-    return inner * jnp.tanh(x * jnp.sum(x, 0, keepdims=True))
+    return inner * jnp.tanh(x * _over_tasks(x)[None])
 
 
 @jax.jit
@@ -47,8 +52,8 @@ def _leaf(x, score, clip, floor, peak, weights):
     level = (score >= _per_task(floor, x)).astype(above.dtype)
     share = jnp.where(gap > 0, jnp.clip(above, 0, 1), level)
     values = jnp.sign(x).astype(jnp.float32) * _clipped(x, *clip)
-    total = jnp.sum(_per_task(weights, x) * share * values, 0)
-    whole = jnp.sum(share, 0)
+    total = _over_tasks(_per_task(weights, x) * share * values)
+    whole = _over_tasks(share)
     return jnp.where(whole > 0, total / jnp.where(whole > 0, whole, 1), 0).astype(
         x.dtype
     )

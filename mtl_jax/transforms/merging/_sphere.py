@@ -54,6 +54,16 @@ def vector_axes(
     return [(r + a,) if r > 1 else () for r, a in zip(ranks, axes, strict=True)]
 
 
+def total(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Sums of tasks along their vectors, [T, ...] with 1 in place of `axes`.
+
+    Written out by task: XLA's CPU backend reduces inner axes of a larger array some
+    hundred times slower than whole arrays.
+    """
+    inner = tuple(a - 1 for a in axes)
+    return jnp.stack([jnp.sum(x[t], inner, keepdims=True) for t in range(x.shape[0])])
+
+
 def units(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """Unit vectors and lengths, of any scale; a zero vector stays zero.
 
@@ -64,19 +74,23 @@ def units(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     Returns:
       [T, ...] like `x`, and the lengths with 1 in the place of `axes`.
     """
-    peak = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0)
+    inner = tuple(a - 1 for a in axes)
+    size = jnp.abs(x)
+    peak = jnp.stack([jnp.max(size[t], inner, keepdims=True) for t in range(len(x))])
     near = x / jnp.where(peak > 0, peak, 1)
-    length = jnp.sqrt(jnp.sum(jnp.square(near), axes, keepdims=True))
+    length = jnp.sqrt(total(jnp.square(near), axes))
     return near / jnp.where(length > 0, length, 1), peak * length
 
 
 def products(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Inner products of tasks, [T, ...] -> [T, T, ...] with 1 in place of `axes`."""
-    batch = tuple(a for a in range(1, x.ndim) if a not in axes)
-    dims = ((axes, axes), (batch, batch))
-    found = jax.lax.dot_general(x, x, dims, precision="highest")
-    found = jnp.moveaxis(found, (-2, -1), (0, 1))
-    return jnp.expand_dims(found, tuple(a + 1 for a in axes))
+    return jnp.stack([total(x * x[t : t + 1], axes) for t in range(x.shape[0])])
+
+
+def combine(factors: jax.Array, x: jax.Array) -> jax.Array:
+    """sum_t factors[t] x[t], [1, ...]; written out, so that it is read once."""
+    terms = [factors[t] * x[t] for t in range(x.shape[0])]
+    return functools.reduce(jnp.add, terms)[None]
 
 
 def spread(weights: jax.Array, like: jax.Array) -> jax.Array:
@@ -95,10 +109,10 @@ def geometry(u: jax.Array, shares: jax.Array, axes: tuple[int, ...]) -> Geometry
     Returns:
       `Geometry`.
     """
-    mean = jnp.sum(shares * u, 0, keepdims=True)
+    mean = combine(shares, u)
     away = u - mean
-    across = jnp.sum(mean * away, axes, keepdims=True)
-    length = jnp.sqrt(jnp.sum(jnp.square(mean), axes, keepdims=True))
+    across = total(mean * away, axes)
+    length = jnp.sqrt(total(jnp.square(mean), axes))
     return Geometry(length, across, products(away, axes))
 
 
@@ -109,7 +123,7 @@ Rule = Callable[[jax.Array, jax.Array, tuple[int, ...]], jax.Array]
 def _merge_leaf(x: jax.Array, weights: jax.Array, axes: tuple[int, ...], rule: Rule):
     wide = x.astype(tree.wide_dtype(x.dtype))
     factors = rule(wide, spread(weights, wide), axes)
-    return jnp.sum(factors * wide, 0).astype(x.dtype)
+    return combine(factors, wide)[0].astype(x.dtype)
 
 
 def merge(
