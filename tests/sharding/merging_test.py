@@ -15,6 +15,15 @@ METHODS = {
     "breadcrumbs": lambda taus: merging.breadcrumbs(taus, density=0.3, drop_top=0.1),
     "consensus": lambda taus: merging.consensus(taus, scale=0.4),
     "gram": lambda taus: {"gram": tree.gram(taus)},
+    "model_stock": merging.model_stock,
+    "multislerp": merging.multislerp,
+    "karcher": merging.karcher,
+    "magmax": merging.magmax,
+    "emr": lambda taus: merging.emr(taus)._asdict(),
+    "ram_plus": merging.ram_plus,
+    "sce": lambda taus: merging.sce(taus, density=0.3),
+    "pcb": lambda taus: merging.pcb(taus, density=0.3),
+    "trust_region": lambda taus: merging.trust_region(taus, density=0.7),
 }
 
 

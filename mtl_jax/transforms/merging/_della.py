@@ -6,11 +6,35 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from mtl_jax import tree
 from mtl_jax.transforms.merging import _compose
 from mtl_jax.transforms.merging._rows import Axis, row_axes
 
 Rescale = Literal["probability", "l1", "none"]
 RESCALE = ("probability", "l1", "none")
+
+
+def _ranks(rows: jax.Array) -> jax.Array:
+    """Ranks of |rows| along the last axis, 0 for the smallest; first among equals.
+
+    Half of the bits of a magnitude and a place fit in 32 bits, and sorting such
+    integers is several times faster on CPUs than sorting floats that carry their places
+    along. So places are sorted by the low half, then by the high half, then back.
+    """
+    length = rows.shape[-1]
+    if length > 1 << 16 or rows.dtype.itemsize > 4:
+        return jnp.argsort(jnp.argsort(jnp.abs(rows), stable=True), stable=True)
+    bits = tree.magnitude_bits(rows)
+    place = jax.lax.broadcasted_iota(jnp.uint32, rows.shape, rows.ndim - 1)
+    low = jnp.uint32(0xFFFF)
+
+    def order(key):
+        """Places of a key of 16 bits, ascending and stable."""
+        return jax.lax.sort((key << 16) | place) & low
+
+    first = order(bits & low)
+    then = order(jnp.take_along_axis(bits, first, -1) >> 16)
+    return order(jnp.take_along_axis(first, then, -1))
 
 
 @jax.tree_util.register_dataclass
@@ -27,7 +51,7 @@ class _RankCoin:
     def probabilities(self, rows: jax.Array) -> jax.Array:
         """rows: [..., n], ranked along the last axis."""
         length = rows.shape[-1]
-        rank = jnp.argsort(jnp.argsort(jnp.abs(rows), stable=True), stable=True)
+        rank = _ranks(rows)
         # A row of one entry has no order: it is kept as often as entries on average.
         share = rank.astype(rows.dtype) / (length - 1) if length > 1 else 0.5
         low, high = self.low.astype(rows.dtype), self.high.astype(rows.dtype)

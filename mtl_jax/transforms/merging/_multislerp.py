@@ -14,7 +14,7 @@ class _Direction(NamedTuple):
 
     def __call__(self, x: jax.Array, weights: jax.Array, axes: Any) -> jax.Array:
         u, lengths = _sphere.units(x, axes)
-        mean = _sphere.combine(weights, u)
+        mean = _sphere.mix(weights, u)
         length = jnp.sqrt(_sphere.total(jnp.square(mean), axes))
         usable = length > _sphere.TINY * jnp.sum(jnp.abs(weights), 0, keepdims=True)
         size = jnp.sum(weights * lengths, 0, keepdims=True)

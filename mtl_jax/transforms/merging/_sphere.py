@@ -87,7 +87,7 @@ def products(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return jnp.stack([total(x * x[t : t + 1], axes) for t in range(x.shape[0])])
 
 
-def combine(factors: jax.Array, x: jax.Array) -> jax.Array:
+def mix(factors: jax.Array, x: jax.Array) -> jax.Array:
     """sum_t factors[t] x[t], [1, ...]; written out, so that it is read once."""
     terms = [factors[t] * x[t] for t in range(x.shape[0])]
     return functools.reduce(jnp.add, terms)[None]
@@ -109,7 +109,7 @@ def geometry(u: jax.Array, shares: jax.Array, axes: tuple[int, ...]) -> Geometry
     Returns:
       `Geometry`.
     """
-    mean = combine(shares, u)
+    mean = mix(shares, u)
     away = u - mean
     across = total(mean * away, axes)
     length = jnp.sqrt(total(jnp.square(mean), axes))
@@ -123,7 +123,7 @@ Rule = Callable[[jax.Array, jax.Array, tuple[int, ...]], jax.Array]
 def _merge_leaf(x: jax.Array, weights: jax.Array, axes: tuple[int, ...], rule: Rule):
     wide = x.astype(tree.wide_dtype(x.dtype))
     factors = rule(wide, spread(weights, wide), axes)
-    return combine(factors, wide)[0].astype(x.dtype)
+    return mix(factors, wide)[0].astype(x.dtype)
 
 
 def merge(

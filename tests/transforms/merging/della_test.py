@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mtl_jax import merging
+from mtl_jax.transforms.merging import _della
 
 pytestmark = pytest.mark.fast
 KEY = jax.random.key(0)
@@ -42,6 +43,18 @@ def test_kept_by_rank_and_unbiased(axis):
     np.testing.assert_allclose(drawn[at], np.broadcast_to(x / p, drawn.shape)[at], 1e-5)
     spread = np.abs(x / p) * error
     assert (np.abs(drawn.mean(0) - x) <= 5 * spread + 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_ranks_are_those_of_a_stable_sort(dtype):
+    rng = np.random.default_rng(3)
+    few = rng.integers(-4, 5, (4, 70)) * 0.5
+    many = rng.normal(size=(4, 70)) * 10.0 ** rng.integers(-38, 38, (4, 70))
+    for x in (few, many):
+        x = jnp.asarray(x, dtype)
+        order = np.argsort(np.abs(np.asarray(x, np.float64)), -1, kind="stable")
+        want = np.argsort(order, -1, kind="stable")
+        np.testing.assert_array_equal(_della._ranks(x), want)
 
 
 @pytest.mark.parametrize("shape", [(6, 1), (1,), ()])

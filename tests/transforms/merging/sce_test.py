@@ -80,19 +80,21 @@ def test_order_dtypes_and_jit():
     x = draw(3)
     base = merge(x, density=0.4)
     np.testing.assert_allclose(merge(x[::-1], density=0.4), base, rtol=1e-5, atol=1e-7)
+    jitted = jax.jit(lambda x: merging.sce({"w": x}, density=0.4)["w"])
+    np.testing.assert_allclose(jitted(jnp.asarray(x, jnp.float32)), base, rtol=1e-6)
+    pair = jnp.asarray(np.stack([x, x[::-1]]), jnp.float32)
+    both = jax.vmap(lambda v: merging.sce({"w": v})["w"])(pair)
+    np.testing.assert_allclose(both[0], merge(x), rtol=1e-6)
     taus = {
         "w": jnp.asarray(x, jnp.bfloat16),
         "n": jnp.ones((3, 2), jnp.int32),
         "e": jnp.zeros((3, 0)),
         "s": jnp.ones(3),
     }
-    got = jax.jit(lambda taus: merging.sce(taus, density=0.4))(taus)
+    got = merging.sce(taus)
     assert jax.tree.map(lambda v: (v.shape, v.dtype), got) == jax.tree.map(
         lambda v: (v.shape[1:], v.dtype), taus
     )
-    pair = jnp.asarray(np.stack([x, x[::-1]]), jnp.float32)
-    both = jax.vmap(lambda v: merging.sce({"w": v}, density=0.4)["w"])(pair)
-    np.testing.assert_allclose(both[0], base, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
