@@ -57,7 +57,7 @@ def bitdelta(
       ValueError: a matrix that is complex, no floating point leaf, or NaN or infinity.
 
     Follows: Liu et al. 2024, "BitDelta: Your Fine-Tune May Only Be Worth One Bit",
-      section 3.1, without the distillation of the scales.
+      without the distillation of the scales.
     Differs: eight signs to a byte, row-major over the leaf; the released code packs 32
       along the input axis, and compresses linear layers of the blocks only.
 
@@ -92,7 +92,7 @@ def bitdelta_restore(compressed: BitDelta, task: Any, like: Any) -> Any:
     Raises:
       ValueError: there is no such task, or `like` does not fit.
 
-    Follows: Liu et al. 2024, "BitDelta", equation 1.
+    Follows: Liu et al. 2024, "BitDelta".
 
     >>> taus = {"w": jnp.array([[[3.0, -1.0], [0.0, -4.0]]])}
     >>> bitdelta_restore(bitdelta(taus), 0, {"w": jnp.zeros((2, 2))})["w"].tolist()

@@ -118,7 +118,7 @@ def della(
         axis that a leaf lacks, weights that do not fit, or NaN or infinity.
 
     Follows: Deep et al. 2024, "DELLA-Merging: Reducing Interference in Model Merging
-      through Magnitude-Based Sampling", section 3.
+      through Magnitude-Based Sampling": MagPrune, elect, fuse.
     Differs: mergekit rescales by `rescale="l1"`; its `della_linear` is `elect="none"`
       with `reduce="sum"`. Rows of one entry, for which (n - 1) is zero, are kept with
       probability `density`; mergekit raises there.

@@ -72,7 +72,7 @@ def emr(
         leaf, or NaN or infinity.
 
     Follows: Huang et al. 2024, "EMR-Merging: Tuning-Free High-Performance Model
-      Merging", equations 3 to 6.
+      Merging": elect, mask, rescale.
     Differs: the released code (and fusion_bench) sums the means of the leaves,
       `balance="leaves"`, and takes a sum of zero for negative; here such an entry is
       zero for all. The rescaler of a task of which nothing is left is 1, not 0 / 0.
@@ -125,7 +125,7 @@ def emr_restore(merged: Emr, task: Any) -> Any:
     Raises:
       ValueError: there is no such task, where that is known.
 
-    Follows: Huang et al. 2024, "EMR-Merging", equation 7.
+    Follows: Huang et al. 2024, "EMR-Merging", the model of one task.
 
     >>> merged = emr({"w": jnp.array([[3.0, 1.0], [1.0, -2.0]])})
     >>> [round(v, 3) for v in emr_restore(merged, 1)["w"].tolist()]

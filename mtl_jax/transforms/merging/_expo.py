@@ -34,8 +34,7 @@ def expo(
       ValueError: the strength is not a number, the weights do not fit, or something
         is NaN or infinite.
 
-    Follows: Zheng et al. 2024, "Weak-to-Strong Extrapolation Expedites Alignment",
-      equation 1.
+    Follows: Zheng et al. 2024, "Weak-to-Strong Extrapolation Expedites Alignment".
     Differs: nothing; the base here is the weaker (SFT) model.
 
     >>> import jax.numpy as jnp

@@ -63,7 +63,7 @@ def lines(
         them, or leaves of stacked layers of another number.
 
     Follows: Wang et al. 2025, "LiNeS: Post-training Layer Scaling Prevents Forgetting
-      and Enhances Model Merging", equation 3. For one task the authors' first scale is
+      and Enhances Model Merging". For one task the authors' first scale is
       tuned and the last is 1; for T tasks the first is
       |sum_t tau_t| / (T |merged|), and last - first is tuned.
     Differs: a model of one layer takes the first scale.

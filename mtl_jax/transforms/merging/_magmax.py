@@ -41,7 +41,7 @@ def magmax(
       ValueError: the weights do not fit, or something is NaN or infinite.
 
     Follows: Marczak et al. 2024, "MagMax: Leveraging Model Merging for Seamless
-      Continual Learning", section 4; of equal magnitudes the last task's, as in the
+      Continual Learning"; of equal magnitudes the last task's, as in the
       released code.
     Differs: the paper has no weights.
 

@@ -126,8 +126,7 @@ def pcb(
       ValueError: a density outside (0, 1], a clip outside [0, 1/2), an option that
         does not exist, weights that do not fit, a complex leaf, or NaN or infinity.
 
-    Follows: Du et al. 2024, "Parameter Competition Balancing for Model Merging",
-      equations 2 to 5.
+    Follows: Du et al. 2024, "Parameter Competition Balancing for Model Merging".
     Differs: clipping and the divisor are the released code's, not in the paper. Of n
       entries floor(clip n) are clipped at each tail; the code's index clips one more
       at the top, which in a leaf of two entries clips both to the smaller. Scores

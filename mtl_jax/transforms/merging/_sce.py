@@ -111,7 +111,7 @@ def sce(
       ValueError: a density outside [0, 1], a negative floor, weights that do not fit,
         a complex leaf, or NaN or infinity.
 
-    Follows: Wan et al. 2024, "FuseChat: Knowledge Fusion of Chat Models", section 3.3.
+    Follows: Wan et al. 2024, "FuseChat: Knowledge Fusion of Chat Models", SCE.
     Differs: mergekit lets tasks weigh the same where the mean squares sum to less than
       1e-6, as those of changes below 1e-4 do; `floor=1e-6` is that. There a sum of
       zero counts as positive, here nothing passes. Counts are exact, with the first

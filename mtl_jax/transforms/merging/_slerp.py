@@ -65,7 +65,7 @@ def slerp(
       ValueError: more than two models, an option out of range, a leaf that lacks the
         axis or is complex, weights that do not fit, or NaN or infinity.
 
-    Follows: Shoemake 1985, "Animating rotation with quaternion curves", section 3.3.
+    Follows: Shoemake 1985, "Animating rotation with quaternion curves".
     Differs: mergekit's `slerp` is the default, its `nuslerp` is `linear_above=1`: with
       rows where it is not flat, with `taus` where it has a base. Its `nuslerp_row_wise`
       runs along axis 0. Interpolation is linear also where a vector is zero, which has

@@ -67,7 +67,7 @@ def trust_region(
       ValueError: a density outside [0, 1], a scope that does not exist, gradients or
         weights that do not fit, or NaN or infinity.
 
-    Follows: Sun et al. 2025, "Task Arithmetic in Trust Region", section 4.
+    Follows: Sun et al. 2025, "Task Arithmetic in Trust Region".
     Differs: the paper's tau is 1 - density. fusion_bench keeps what is strictly below
       the quantile, so that among equal conflicts, all of them zero for tasks that do
       not overlap, everything is dropped; here counts are exact and zero is kept.
