@@ -31,8 +31,8 @@ def tsv_merge(
         axes, those before them batched; or (leading axes, row axes), so that (0, 3)
         sees a convolution's kernel as [height * width * in, out]. None: leaves of two
         axes. Other leaves, and matrices with k < T, become the weighted mean.
-      svd: how singular vectors are found, "svd", "gram" or "sketch", a random subspace
-        of k // T + 16 dimensions.
+      svd: how singular vectors are found, "svd", "gram" or "sketch", a random subspace:
+        quick, and as good as the singular values fall fast beyond the k // T first.
       polar: how P is found, "svd", "gram" or "newton", matrix products alone.
       check_finite: refuse NaN and infinity in concrete arrays, by leaf name.
 
