@@ -119,6 +119,9 @@ def _decoded(params):
 def _low_rank(x, a, b, index, dtype):
     a, b, x = a.astype(dtype), b.astype(dtype), x.astype(dtype)
     if index is None:
-        return (x @ a) @ b
+        # Of two dimensions, so that XLA's CPU backend need not turn the whole gradient
+        # of the output over for that of b.
+        flat = x.reshape(-1, x.shape[-1])
+        return ((flat @ a) @ b).reshape(*x.shape[:-1], b.shape[-1])
     x = jnp.einsum("b...i,bir->b...r", x, a[index])
     return jnp.einsum("b...r,bro->b...o", x, b[index])
