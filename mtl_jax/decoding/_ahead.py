@@ -17,7 +17,7 @@ def generation_fn(
     """What greedy `generate` compiles: reading the prompts, then the whole loop.
 
     Nothing is padded to a bucket: the cache has room for the width of the prompts and
-    `max_new_tokens`.
+    `max_new_tokens`, that of an encoder-decoder for the latter.
 
     Args:
       model: see `generate`.
@@ -32,14 +32,20 @@ def generation_fn(
       ValueError: for a token that the vocabulary lacks; when called, for sizes that
         exceed the context.
     """
+    if max_new_tokens < 1:
+        raise ValueError(
+            f"generation_fn: max_new_tokens must be 1 or more, is {max_new_tokens}"
+        )
     table = stop_table(stop)
+    apart = getattr(model, "encodes", False)
     check_tokens("generation_fn", model, None, table)
 
     def run(params, ids, lengths):
-        slots = ids.shape[1] + max_new_tokens
-        if model.context is not None and slots > model.context:
+        width = ids.shape[1]
+        slots = max_new_tokens if apart else width + max_new_tokens
+        if model.context is not None and max(slots, width) > model.context:
             raise ValueError(
-                f"generation_fn: prompts of {ids.shape[1]} and {max_new_tokens} new "
+                f"generation_fn: prompts of {width} and {max_new_tokens} new "
                 f"tokens exceed the context of {model.context}"
             )
         fixed = _Fixed(ids, lengths, None, None, table)

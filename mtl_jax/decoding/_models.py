@@ -151,6 +151,10 @@ def from_decoder(
     return DecoderModel(module, cache_dtype)
 
 
+def _encodes(model):
+    return bool(getattr(model, "encodes", False))
+
+
 Fuse = Callable[[tuple[chex.Array, ...]], chex.Array | tuple[chex.Array, Any]]
 
 
@@ -161,6 +165,11 @@ class FusedModel:
     models: tuple[StepModel, ...]
     fuse: Fuse
     vocab_size: int | None
+
+    @property
+    def encodes(self) -> bool:
+        """Whether prompts take no room beside what is generated."""
+        return _encodes(self.models[0])
 
     @property
     def context(self) -> int | None:
@@ -196,7 +205,10 @@ class FusedModel:
         logits, caches = [], []
         for model, p, own in zip(self.models, params, cache, strict=True):
             found, own = getattr(model, name)(p, *arguments, own)
-            found = recorded(found).logits
+            found = recorded(found)
+            if found.record is not None:
+                raise ValueError("fused: a model inside records something itself")
+            found = found.logits
             logits.append(found[:, : self.vocab_size].astype(jnp.float32))
             caches.append(own)
         return self._fused(tuple(logits)), tuple(caches)
@@ -241,11 +253,16 @@ def fused(
       A `StepModel`.
 
     Raises:
-      ValueError: without models, or if vocabularies differ or are smaller.
+      ValueError: without models, if vocabularies differ or are smaller, or for decoders
+        beside encoder-decoders; when run, if a model inside records something.
     """
     step_models = tuple(step_models)
     if not step_models:
         raise ValueError("fused: wanted one or more models")
+    if len({_encodes(model) for model in step_models}) > 1:
+        raise ValueError(
+            "fused: decoders and encoder-decoders keep prompts in different places"
+        )
     sizes = [m.vocab_size for m in step_models]
     known = {size for size in sizes if size is not None}
     if vocab_size is None and len(known) > 1:

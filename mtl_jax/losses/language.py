@@ -65,7 +65,7 @@ def token_cross_entropy(
         return _cross_entropy(hidden, labels, copies, softcap)
 
     losses = jax.lax.map(one, (cut(hidden), cut(labels)))
-    losses = jnp.moveaxis(losses, 0, 2).reshape(batch, -1)[:, :length]
+    losses = jnp.moveaxis(losses, 0, 2).reshape(batch, chunks * chunk)[:, :length]
     if weights is None:
         return losses
     weights = weights.astype(jnp.float32)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -141,7 +142,7 @@ def _problem(
         },
         rules=_rules(module, model),
         frozen=tuple(frozen),
-        loaded=minilm.loaded if pretrained else None,
+        loaded=functools.partial(minilm.loaded, lower=lower) if pretrained else None,
     )
 
 

@@ -87,7 +87,8 @@ class Contest:
 def _plain(problem: Problem, loss_fn: Any, tx: Any, **options: Any) -> train.Trainable:
     if problem.own_rows and "aggregator" in options:
         options["task_counts"] = problem.task_counts
-        options["task_blocks"] = True  # As `Bench` lays its batches.
+        # As `Bench` lays its batches; a penalty reads the rows of all tasks.
+        options["task_blocks"] = not problem.has_penalty
     return train.Trainable(
         init=problem.init,
         loss_fn=loss_fn,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax import io, models
+from mtl_jax import io, models, tree
 from mtl_jax.data import packages, wheels
 
 HIDDEN = "hidden"
@@ -26,22 +26,24 @@ def _weights() -> Any:
     )
 
 
-def loaded(params: Any) -> Any:
+def loaded(params: Any, lower: int = 0) -> Any:
     """The same parameters with MiniLM's weights in the sentence encoder.
-
-    An encoder without embeddings gets the uppermost layers.
 
     Args:
       params: of a module that has the sentence encoder under "encoder".
+      lower: so many layers, and the embeddings, are not part of the encoder.
+
+    Raises:
+      ValueError: if the encoder is not what is left of MiniLM.
     """
     own, weights = params["encoder"]["encoder"], _weights()
-    found = dict.fromkeys(own)
-    if "embeddings" in own:
-        found["embeddings"] = weights["embeddings"]
-    depth = len(own) - ("embeddings" in own)
-    below = models.Bert().depth - depth
-    for i in range(depth):
-        found[f"layers_{i}"] = weights[f"layers_{below + i}"]
+    depth = models.Bert().depth
+    found = {} if lower else {"embeddings": weights["embeddings"]}
+    found |= {
+        f"layers_{i - lower}": weights[f"layers_{i}"] for i in range(lower, depth)
+    }
+    tree.check_match("minilm", found, own, other_name="the encoder")
+    found = jax.tree.map(lambda x, like: x.astype(like.dtype), found, own)
     return {**params, "encoder": {**params["encoder"], "encoder": found}}
 
 

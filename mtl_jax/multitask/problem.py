@@ -119,6 +119,16 @@ class Problem:
         sown = [jnp.sum(jnp.asarray(x, jnp.float32)) for x in jax.tree.leaves(state)]
         return z, sum(sown[1:], sown[0]) if sown else None
 
+    @functools.cached_property
+    def has_penalty(self) -> bool:
+        """Whether the model sows one; computes nothing."""
+        rows = {name: x[:1] for name, x in self.splits["train"].items()}
+
+        def penalty(key):
+            return self.encode_with_penalty(self.init(key), rows, key)[1]
+
+        return jax.eval_shape(penalty, jax.random.key(0)) is not None
+
     def decode(self, params: chex.ArrayTree, z: Any) -> dict[str, chex.Array]:
         """Outputs of all tasks, {name: [B, size]} float32, from a representation."""
         return self._apply(params, z, method="decode")

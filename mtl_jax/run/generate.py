@@ -109,7 +109,11 @@ def _open_folder(path, chat, options):
     chat_format = io.read_chat_format(path) if chat else None
     like = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     params = io.load_pretrained(path, table, like["params"])
-    return Checkpoint(module, params, tokenizer, _ends(path, config), chat_format)
+    ends = dict.fromkeys(_ends(path, config))
+    if chat_format is not None:
+        turn = tokenizer.token_to_id(chat_format.eos_token)
+        ends |= {} if turn is None else {turn: None}
+    return Checkpoint(module, params, tokenizer, tuple(ends), chat_format)
 
 
 def _ends(path, config):
@@ -117,9 +121,10 @@ def _ends(path, config):
     file = path / "generation_config.json"
     if file.is_file():
         try:
-            config = {**config, **json.loads(file.read_text())}
+            own = dict(json.loads(file.read_text()))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{file}: not a JSON object: {error}") from error
+        config = {**config, **{k: x for k, x in own.items() if x is not None}}
     end = config.get("eos_token_id")
     ends = end if isinstance(end, list) else [] if end is None else [end]
     if not all(type(e) is int and e >= 0 for e in ends):

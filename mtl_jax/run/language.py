@@ -48,7 +48,8 @@ def _random(options: dict[str, Any], progress: Any) -> zoo_language.LanguageMode
     module = models.Decoder(**{**BYTES, **options})
     start = jnp.zeros((1, 4), jnp.int32)
     params = jax.jit(module.init)(jax.random.key(0), start)["params"]
-    special = {"bos": None, "eos": 256, "unknown": None, "padding": None}
+    roles = ("bos", "eos", "end_of_turn", "unknown", "padding")
+    special = {**dict.fromkeys(roles), "eos": 256}
     return zoo_language.LanguageModel(
         name="random decoder",
         module=module,

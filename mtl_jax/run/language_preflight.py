@@ -62,6 +62,8 @@ def preflight(
     """
     module, params = outline(config)
     if "decode" in config:
+        if tuple(config.model.nf4):
+            raise ValueError("preflight: a model in 4 bits is not decoded as it is")
         return _decoding(module, params, config.decode, topology, mesh)
     training = config.training
     lora = None

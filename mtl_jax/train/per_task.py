@@ -171,14 +171,15 @@ class PerTaskGradients:
         """`run(microbatch, key) -> ((values, shares), (task gradients, rest))`."""
         engine = "vmap" if self.trainable.grads == "vmap" else "map"
         shares = self.losses.shares(batch, parts)
-        if self.trainable.task_blocks:
+        blocks = self.trainable.task_blocks and engine == "map"
+        if blocks:
             count = self.losses.count(state.params, state.frozen, batch, key)
             why = f"task_blocks wants equal blocks of {count} tasks"
             self._check_parts(why, batch, parts * count)
 
         def run(micro, key):
             own = shares(micro)
-            if self.trainable.task_blocks:
+            if blocks:
                 values, rows, rest = self.losses.rows_of_blocks(
                     state.params, state.frozen, micro, key, own
                 )

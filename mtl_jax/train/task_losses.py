@@ -132,7 +132,8 @@ class TaskLosses:
     ) -> tuple[Values, Any, Any]:
         """Task gradients where block t of a batch has the rows of task t.
 
-        Every row goes forward and back once, not once for each task.
+        Every row goes forward and back once, not once for each task. A block that
+        `task_counts` finds rows of other tasks in makes its loss NaN.
 
         Returns:
           (values, task gradients of the shared leaves [T, ...], sum for the others).
@@ -155,7 +156,12 @@ class TaskLosses:
             total = jax.tree.map(
                 lambda t, g: t + g.astype(t.dtype), total, pull_rest(alone)
             )
-            return total, ((values[0][index], values[1]), pull_shared(alone))
+            loss = values[0][index]
+            if self.trainable.task_counts is not None:
+                counts = self._counts(join_batch(batch, rows))
+                size = max(x.shape[0] for x in jax.tree.leaves(rows))
+                loss = jnp.where(counts[index] == size, loss, jnp.nan)
+            return total, ((loss, values[1]), pull_shared(alone))
 
         total, ((losses, metrics), rows) = loops.scan(
             one, zeros, (jnp.arange(count), blocks)

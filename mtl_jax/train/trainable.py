@@ -66,7 +66,7 @@ class Trainable:
         in block t, and that the loss of a task is a mean over its own block, whatever
         the others hold. "map" and "auto" then form all task gradients for the price of
         one backward pass; metrics are means over blocks, and block t draws from
-        `fold_in(key, t)`.
+        `fold_in(key, t)`. With `task_counts` a batch laid otherwise has a loss of NaN.
     """
 
     init: Callable[[chex.PRNGKey], chex.ArrayTree]

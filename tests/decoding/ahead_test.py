@@ -75,3 +75,5 @@ def test_sizes_and_stops_that_the_model_lacks(params):
         jax.eval_shape(long, params, IDS, LENGTHS)
     with pytest.raises(ValueError, match="has token 19, the vocabulary 19"):
         run(stop=19)
+    with pytest.raises(ValueError, match="max_new_tokens must be 1 or more, is 0"):
+        decoding.generation_fn(decoding.from_decoder(MODULE), max_new_tokens=0)

@@ -40,6 +40,27 @@ def case(request):
     return module, params, start
 
 
+def test_ahead_of_time_answers_have_room_of_their_own():
+    """As many slots as tokens, whatever the prompt has."""
+    module = models.EncoderDecoder(**{**BART, "max_positions": 6}, scan=True)
+    ids = np.ones((1, 6), np.int32)
+    like = jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
+    params = jax.tree.map(lambda x: jnp.full(x.shape, 0.1, x.dtype), like)
+    model = decoding.from_encoder_decoder(module, start=2)
+    both = decoding.fused([model, model], sum)
+    want = decoding.generate(model, params, ids, max_new_tokens=6)
+    for step, own in ((model, params), (both, (params, params))):
+        run = decoding.generation_fn(step, max_new_tokens=6)
+        assert run(own, ids, np.array([6], np.int32)).rows() == want.rows()
+        assert decoding.generate(step, own, ids, max_new_tokens=6).rows() == want.rows()
+    with pytest.raises(ValueError, match="6 and 7 new tokens exceed the context of 6"):
+        long = decoding.generation_fn(model, max_new_tokens=7)
+        jax.eval_shape(long, params, ids, np.array([6], np.int32))
+    with pytest.raises(ValueError, match="decoders and encoder-decoders keep prompts"):
+        decoder = decoding.from_decoder(models.Decoder(vocab_size=13, max_positions=6))
+        decoding.fused([model, decoder], sum)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def forward(module, params, read, mask, written):
     logits = module.apply({"params": params}, read, written, mask)

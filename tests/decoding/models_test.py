@@ -141,3 +141,11 @@ def test_equal_adapters_are_equal_keys():
         )
     )
     assert cache["layers_0"]["key"].dtype == jnp.bfloat16
+
+
+def test_records_of_a_model_inside_are_refused(recurrent, weights):
+    inner = decoding.fused([recurrent()] * 2, mixed)
+    outer = decoding.fused([inner, recurrent()], sum)
+    own = ((weights(0), weights(1)), weights(0))
+    with pytest.raises(ValueError, match="a model inside records something itself"):
+        decoding.generate(outer, own, PROMPTS, max_new_tokens=4)

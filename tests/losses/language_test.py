@@ -210,3 +210,9 @@ def test_gradients_of_bf16_heads_are_added_up_in_float32():
     grad = jax.jit(jax.grad(loss))(kernel)
     assert grad.dtype == jnp.bfloat16
     np.testing.assert_array_equal(grad.astype(jnp.float32), [[-4.0, 4.0]])
+
+
+@pytest.mark.fast
+def test_a_batch_without_rows_has_no_losses():
+    got = losses.token_cross_entropy(HIDDEN[:0], KERNEL, LABELS[:0], chunk=3)
+    assert got.shape == (0, 7)

@@ -40,7 +40,7 @@ def test_lower_and_upper_layers_make_the_whole(weights, monkeypatch):
         assert hidden.shape == (*mask.shape, 384) and not hidden[mask == 0].any()
         shapes = jax.eval_shape(upper.init, jax.random.key(0), hidden, mask)["params"]
         fresh = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)
-        own = minilm.loaded({"encoder": fresh, "heads": {}})["encoder"]
+        own = minilm.loaded({"encoder": fresh, "heads": {}}, 4)["encoder"]
         whole = models.Bert().apply({"params": weights}, given["input_ids"], mask)
         np.testing.assert_allclose(
             upper.apply({"params": own}, hidden, mask),
@@ -70,3 +70,16 @@ def test_an_outline_has_the_hidden_states():
     assert found.inputs == ("hidden", "attention_mask")
     shapes = jax.eval_shape(found.init, jax.random.key(0))
     assert set(shapes["encoder"]["encoder"]) == {"layers_0", "layers_1"}
+
+
+def test_an_encoder_that_is_not_what_is_left_is_refused(weights):
+    """Too few layers below, too few above, another width."""
+    top = {"layers_0": weights["layers_0"], "layers_1": weights["layers_1"]}
+    with pytest.raises(ValueError, match="minilm: .*layers_2"):
+        minilm.loaded({"encoder": {"encoder": top}}, 2)
+    four = {k: weights[k] for k in ("embeddings", *(f"layers_{i}" for i in range(4)))}
+    with pytest.raises(ValueError, match="minilm: .*layers_4"):
+        minilm.loaded({"encoder": {"encoder": four}})
+    narrow = jax.tree.map(lambda x: x[..., :3], dict(weights))
+    with pytest.raises(ValueError, match="minilm: .* is "):
+        minilm.loaded({"encoder": {"encoder": narrow}})

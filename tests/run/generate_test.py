@@ -268,3 +268,14 @@ def test_weights_of_half_the_size(checkpoint, tmp_path, capsys, kind):
         stop=half.ends,
     ).rows()
     assert out == half.tokenizer.decode(rows[0]) + "\n"
+
+
+def test_what_ends_a_text_and_a_turn_of_a_folder(checkpoint, damaged):
+    """A null says nothing; the chat format's own end counts with --chat."""
+    folder = damaged("turns")
+    (folder / "tokenizer_config.json").unlink()
+    settings = {"chat_template": CHAT, "eos_token": "<s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "generation_config.json").write_text('{"eos_token_id": null}')
+    for chat, ends in ((False, (257,)), (True, (257, 256))):
+        assert generate.open_checkpoint(str(folder), chat=chat).ends == ends

@@ -129,3 +129,11 @@ def test_decoding_compiles_as_one_program_with_its_cache_split():
         run.preflight(
             config_of("llama3_8b_decode", decode__batch_size="3"), topology="v5e:4x4"
         )
+
+
+@pytest.mark.fast
+def test_four_bits_are_not_decoded():
+    config = config_of("llama3_8b_decode")
+    config.model.nf4 = ("kernel$",)
+    with pytest.raises(ValueError, match="a model in 4 bits is not decoded"):
+        run.preflight(config, topology="v5e:4x4")

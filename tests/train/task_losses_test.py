@@ -400,6 +400,18 @@ def test_blocks_over_devices_are_the_same(fit):
     close(train.Trainer(what, mesh=mesh).fit(rows, steps=4).params, want.params)
 
 
+def test_rows_outside_of_their_block_stop_the_run(fit):
+    """Their gradients would be lost."""
+
+    def mixed(step):
+        rows = blocks_of_rows(step)
+        return rows | {"task": np.roll(rows["task"], 1)}
+
+    what = owned(aggregation.upgrad(), task_blocks=True)
+    with pytest.raises(train.NonFiniteError):
+        fit(what, data=mixed)
+
+
 def test_blocks_want_as_many_rows_of_each_task(fit):
     what = owned(aggregation.upgrad(), task_blocks=True)
     with pytest.raises(ValueError, match="equal blocks of 3 tasks; found 16 rows"):

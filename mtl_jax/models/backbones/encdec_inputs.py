@@ -137,7 +137,7 @@ def check_rows(input_ids: chex.Array, segments: chex.Array) -> None:
       ValueError: with both numbers.
     """
     rows, read = input_ids.shape[0], segments.shape[0]
-    if rows % read:
+    if rows % max(read, 1):
         raise ValueError(
             f"EncoderDecoder.decode: input_ids has {rows} rows, no multiple of the "
             f"{read} of the memory"
