@@ -219,7 +219,9 @@ def polar(x: jax.Array, method: Polar = "svd") -> jax.Array:
       method: "svd" drops singular values of max(m, n) eps and below. "gram",
         x (x^T x)^(-1/2) by eigenvectors and three Newton-Schulz steps, and "newton",
         matrix products alone, bring singular values below about 1e-4 of the largest
-        only part of the way; the others to 1 within about 1e-4 (float32).
+        only part of the way; the others to 1 within about 1e-4 where the matrix is
+        small. On 1024 x 1024 sums of synthetic tasks with singular values i^-0.7
+        (i^-1.5), 2e-2 ("newton") and 4e-2 (2e-1, "gram") of the norm were off.
 
     Returns:
       [..., m, n]; zeros where x is zero.
