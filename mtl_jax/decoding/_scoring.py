@@ -13,6 +13,7 @@ import numpy as np
 
 from mtl_jax import losses, models
 from mtl_jax.decoding._models import hashable
+from mtl_jax.models.layers.token_embeddings import head_kernel
 
 NORMALIZATIONS = ("none", "tokens", "characters", "unconditional")
 LogprobFn = Callable[..., chex.Array]
@@ -43,10 +44,7 @@ class DecoderLogprobs:
         """See `LogprobFn`."""
         module = self.module
         hidden = module.apply({"params": params}, input_ids, segment_ids, head=False)
-        if module.tied:
-            kernel = params["embeddings"]["word"]["embedding"].T
-        else:
-            kernel = params["head"]["kernel"]
+        kernel = head_kernel(params, module.tied)
         return -losses.token_cross_entropy(
             hidden, kernel, labels, chunk=self.chunk, softcap=module.logit_softcap
         )

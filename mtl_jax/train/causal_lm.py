@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from mtl_jax import losses, models
 from mtl_jax.models.adapted import apply_adapted
+from mtl_jax.models.layers.token_embeddings import head_kernel
 from mtl_jax.train.trainable import Rules, Trainable
 from mtl_jax.transforms.adapters import lora as lora_lib
 from mtl_jax.transforms.quantization import nf4
@@ -191,10 +192,8 @@ def _mean_of_segments(found, weights, batch, max_segments):
 
 
 def _head(module, params):
-    if module.tied:
-        word: Any = nf4.dequantize(params["embeddings"]["word"])
-        return word["embedding"].T
-    return nf4.dequantize(params["head"])["kernel"]
+    part = "embeddings" if module.tied else "head"
+    return head_kernel({part: nf4.dequantize(params[part])}, module.tied)
 
 
 def _of_factors(rules: Rules) -> Rules:

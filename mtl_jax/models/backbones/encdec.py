@@ -29,6 +29,7 @@ from mtl_jax.models.layers.sharding import BLOCK_RULES, Rules, block_rules
 from mtl_jax.models.layers.token_embeddings import (
     TokenEmbeddings,
     VocabularyBias,
+    head_kernel,
     vocabulary_head,
 )
 
@@ -75,10 +76,7 @@ def head_operands(
     Returns:
       ([B, L, D], [D, V]), with D + 1 in place of D where the head has a bias.
     """
-    if module.tied:
-        kernel = params["embeddings"]["word"]["embedding"].T
-    else:
-        kernel = params["head"]["kernel"]
+    kernel = head_kernel(params, module.tied)
     if not module.head_bias:
         return hidden, kernel
     one = jnp.ones((*hidden.shape[:2], 1), hidden.dtype)

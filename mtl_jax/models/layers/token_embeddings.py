@@ -1,6 +1,8 @@
 """Token embeddings that a tied head can share, and heads."""
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -78,6 +80,18 @@ def vocabulary_head(
         dot_general=dot,
         name=name,
     )
+
+
+def head_kernel(params: Mapping[str, Any], tied: bool) -> chex.Array:
+    """What the hidden states are multiplied with for logits, [D, V].
+
+    Args:
+      params: of a language model; "embeddings" or "head" is read.
+      tied: whether the head is the transposed word embedding.
+    """
+    if tied:
+        return params["embeddings"]["word"]["embedding"].T
+    return params["head"]["kernel"]
 
 
 class VocabularyBias(nn.Module):
