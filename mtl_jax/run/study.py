@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import chex
@@ -14,7 +14,17 @@ from ml_collections import ConfigDict
 from mtl_jax import io, report, tree
 from mtl_jax.run.experiment import Experiment
 from mtl_jax.transforms import merging
-from mtl_jax.zoo import Evaluator, PostHoc, SharedModel, TaskModels, Zoo
+from mtl_jax.zoo import (
+    Evaluator,
+    Fit,
+    LearnedModel,
+    Material,
+    PostHoc,
+    Row,
+    SharedModel,
+    TaskModels,
+    Zoo,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,9 +41,10 @@ class Result:
       normalised: [T], accuracy divided by the expert's of the same kind.
       bits: storage of what serves all tasks.
       seconds: making, tuning and measuring; None where all answers were remembered.
+      details: what a merge that learns kept for analyses; empty for the others.
     """
 
-    row: SharedModel | TaskModels
+    row: Row
     chosen: tuple[float, ...]
     grid: tuple[float, ...]
     curve: tuple[float, ...]
@@ -41,6 +52,7 @@ class Result:
     normalised: np.ndarray
     bits: int
     seconds: float | None
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Study(Experiment):
@@ -138,11 +150,7 @@ class Study(Experiment):
         with self.progress.task("methods", total=len(system.rows)) as bar:
             for row in system.rows:
                 with self.progress.task(row.name):
-                    found = (
-                        self._shared(row)
-                        if isinstance(row, SharedModel)
-                        else self._per_task(row)
-                    )
+                    found = self._measured(row)
                 self.results[row.name] = found
                 bar.advance(
                     method=row.name, normalised=float(np.mean(found.normalised))
@@ -150,10 +158,44 @@ class Study(Experiment):
         for analysis in system.analyses:
             analysis(self)
 
-    def _shared(self, row: SharedModel) -> Result:
+    def _measured(self, row: Row) -> Result:
+        """One row, tuned and measured."""
         began = (time.monotonic(), self.evaluator.computed)
-        delta = row.delta(self.taus[row.experts], self.chosen)
+        taus = self.taus[row.experts]
+        if isinstance(row, TaskModels):
+            state = row.prepare(taus, self.chosen)
+            return self._per_task(row, state, began)
+        if isinstance(row, SharedModel):
+            return self._shared(row, row.delta(taus, self.chosen), began)
+        material = Material(self.evaluator, labels=row.labels, linear=row.linear)
+        fit = row.fit(taus, self.chosen, material)
+        self.evaluator.computed += 1  # Learning is never remembered.
+        found = self._learned(row, fit, began)
+        return dataclasses.replace(found, details=fit.details)
 
+    def _learned(self, row: LearnedModel, fit: Fit, began) -> Result:
+        """A merge that learned, as what it turned out to be."""
+        if fit.delta is not None:
+            return self._shared(row, fit.delta, began)
+        if len(row.scales) > 1:
+            raise ValueError(
+                f"study: row {row.name!r} has a grid of scales, and not one delta"
+            )
+        found = []
+        if fit.features is not None:
+            found = self.evaluator.accuracies_of(fit.features, fit.params, "test")
+        elif fit.task_delta is not None:
+            for task in range(len(self.zoo.tasks)):
+                model = self.move(fit.task_delta(task), row.scales[0])
+                found.append(
+                    self.evaluator.accuracy(model, task, "test", linear=row.linear)
+                )
+        chosen = (row.scales[0],)
+        return self._result(row, chosen, row.scales, (), np.array(found), began)
+
+    def _shared(
+        self, row: SharedModel | LearnedModel, delta: chex.ArrayTree, began
+    ) -> Result:
         if row.linear and len(row.scales) > 1:
             score = self._tangent_scores(delta, row).__getitem__
         else:
@@ -173,7 +215,7 @@ class Study(Experiment):
         return self._result(row, (scale,), grid, curve, accuracy, began)
 
     def _tangent_scores(
-        self, delta: chex.ArrayTree, row: SharedModel
+        self, delta: chex.ArrayTree, row: SharedModel | LearnedModel
     ) -> dict[float, float]:
         """Validation score at every scale and at 0, all from one pass over the rows."""
         scales = sorted({0.0, *row.scales})
@@ -189,9 +231,7 @@ class Study(Experiment):
             for scale, accuracy in zip(scales, found.T, strict=True)
         }
 
-    def _per_task(self, row: TaskModels) -> Result:
-        began = (time.monotonic(), self.evaluator.computed)
-        state = row.prepare(self.taus[row.experts], self.chosen)
+    def _per_task(self, row: TaskModels, state: Any, began) -> Result:
         curves, chosen, accuracy = [], [], []
         reference = self.reference(row.experts, "validation", linear=row.linear)
         for task in range(len(self.zoo.tasks)):
@@ -316,7 +356,7 @@ def _curves(study: Study) -> None:
     by_grid: dict[tuple[tuple[float, ...], bool], list[str]] = {}
     for name, result in study.results.items():
         if result.curve:
-            shared = isinstance(result.row, SharedModel)
+            shared = not isinstance(result.row, TaskModels)
             by_grid.setdefault((result.grid, shared), []).append(name)
     for (grid, shared), rows in by_grid.items():
         over = "the scale" if shared else "lambda, which each task chooses for itself"

@@ -5,7 +5,10 @@ from mtl_jax.zoo.encoders import Encoder, class_means, minilm, small_vit
 from mtl_jax.zoo.evaluate import Evaluator
 from mtl_jax.zoo.experts import Settings, Zoo, logits_fn, open_zoo, trainable
 from mtl_jax.zoo.language import LanguageModel, open_gguf, smollm2
+from mtl_jax.zoo.material import Material
 from mtl_jax.zoo.rows import (
+    Fit,
+    LearnedModel,
     PostHoc,
     Row,
     SharedModel,
@@ -21,7 +24,10 @@ from mtl_jax.zoo.world import world
 __all__ = [
     "Encoder",
     "Evaluator",
+    "Fit",
     "LanguageModel",
+    "LearnedModel",
+    "Material",
     "PostHoc",
     "Row",
     "Settings",

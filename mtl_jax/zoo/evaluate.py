@@ -146,6 +146,29 @@ class Evaluator:
                 self._append(key)
         return [self._known[key] for key in keys]
 
+    def accuracies_of(self, features: Any, params: Any, split: str) -> list[float]:
+        """Accuracy of a model with features of its own, on every task; not remembered.
+
+        Args:
+          features: `features(params, inputs, task) -> [B, D]`, `task` a traced int32.
+          params: what it takes.
+          split: "validation" or "test".
+        """
+        settings = self.zoo.settings
+
+        def logits(params, batch):
+            found = features(params["own"], batch, params["task"])
+            return experts.head_logits(found, params["head"], settings)
+
+        predict, accuracies = jax.jit(_classes(logits)), []
+        for task, data in enumerate(self.zoo.tasks):
+            known = {"own": params, "head": data.head, "task": jnp.int32(task)}
+            found = [predict(known, batch) for batch in self.batches(task, split)]
+            classes = self._collect("accuracies_of", found, task, split)
+            accuracies.append(float(np.mean(classes == data.splits[split]["label"])))
+        self.computed += 1
+        return accuracies
+
     def accuracies(self, trained: Any, split: str, *, linear: bool = False) -> list:
         """Accuracy on every task, in order."""
         digest = io.digest(trained)

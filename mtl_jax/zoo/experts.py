@@ -79,14 +79,15 @@ def logits_fn(encoder: Encoder, settings: Settings, mode: str):
         trained, frozen = encoder.split(params["encoder"])
         if mode == "linear":
             features = linearize.taylor1(features, params["origin"])
-        found = heads.prototype_logits(
-            features(trained, inputs),
-            params["head"]["prototypes"],
-            settings.logit_scale,
-        )
-        return jnp.where(params["head"]["active"], found, -1e9)
+        return head_logits(features(trained, inputs), params["head"], settings)
 
     return logits
+
+
+def head_logits(features: Any, head: Any, settings: Settings) -> Any:
+    """Logits [B, C_max] of features [B, D]; classes that the task lacks at -1e9."""
+    found = heads.prototype_logits(features, head["prototypes"], settings.logit_scale)
+    return jnp.where(head["active"], found, -1e9)
 
 
 def trainable(encoder: Encoder, head: Any, settings: Settings, mode: str):

@@ -15,6 +15,7 @@ import chex
 import jax
 
 from mtl_jax.transforms import merging
+from mtl_jax.zoo.material import Material
 
 Chosen = Mapping[str, tuple[float, ...]]
 """What validation chose for the rows before: one scale per model of that row."""
@@ -93,7 +94,67 @@ class TaskModels:
         _check_grid(self.name, "knobs", self.knobs)
 
 
-Row = SharedModel | TaskModels
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fit:
+    """What a merge that learns ends with: weights, or weights with a way to use them.
+
+    Exactly one of `delta`, `task_delta` and `features` is given.
+
+    Attributes:
+      delta: params-shaped tree; one model for all tasks, `base + scale * delta`.
+      task_delta: `task_delta(task) -> params-shaped tree`; one model per task.
+      features: `features(params, inputs, task) -> [B, D]`, in the place of the
+        encoder's own, with `task` a traced integer: routed and corrected models.
+      params: tree of arrays that `features` takes.
+      details: whatever analyses of the system want, such as coefficients by step;
+        alone of all this it is kept in the study's result.
+    """
+
+    delta: Any = None
+    task_delta: Callable[[int], chex.ArrayTree] | None = None
+    features: Callable[[Any, Any, Any], chex.Array] | None = None
+    params: Any = None
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        forms = (self.delta, self.task_delta, self.features)
+        if sum(form is not None for form in forms) != 1:
+            raise ValueError("Fit: wants one of delta, task_delta and features")
+        if (self.features is None) != (self.params is None):
+            raise ValueError("Fit: params are what features take; wants both or none")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LearnedModel:
+    """A merge that learns from rows: `fit(taus, chosen, material)`.
+
+    The rows of any split may be seen without their labels; labels only of training and
+    validation rows, and only where `labels` says so (see `Material`).
+
+    Attributes:
+      name: unique in the study.
+      fit: `fit(taus, chosen, material) -> Fit`.
+      labels: whether it learns from labels.
+      scales: grid of a strength of the whole difference, chosen on validation data as
+        that of a `SharedModel`; one value for a fit that is not one `delta`.
+      bits: `bits(T, trained, frozen) -> int`, storage of what serves all tasks.
+      linear: learn and evaluate in the tangent space of the base model.
+      experts: which set of experts the task vectors come from.
+    """
+
+    name: str
+    fit: Callable[[chex.ArrayTree, Chosen, Material], Fit]
+    labels: bool = False
+    scales: tuple[float, ...] = (1.0,)
+    bits: Callable[[int, int, int], int] = _shared_bits
+    linear: bool = False
+    experts: str = "standard"
+
+    def __post_init__(self):
+        _check_grid(self.name, "scales", self.scales)
+
+
+Row = SharedModel | TaskModels | LearnedModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -118,3 +118,63 @@ def test_rows_of_experts_that_were_not_trained(study):
     with pytest.raises(ValueError, match="row 'absent' wants 'linear' experts"):
         study.run(zoo.PostHoc(rows=(row,)))
     assert not study.results
+
+
+def test_learned_rows_are_measured_as_what_they_are(study):
+    """A whole delta, one per task, and features: the same experts three ways."""
+    seen = []
+
+    def whole(taus, chosen, material):
+        seen.append((set(chosen), material.count))
+        return zoo.Fit(delta=merging.average(taus), details={"steps": 7})
+
+    def each(taus, chosen, material):
+        return zoo.Fit(task_delta=lambda task: zoo.task_delta(taus, task))
+
+    def used(taus, chosen, material):
+        def features(params, inputs, task):
+            delta = jax.tree.map(lambda x: x[task], params["taus"])
+            trained = tree.add_scaled(params["base"], delta)
+            return material.features(trained, inputs, material.args)
+
+        params = {"taus": taus, "base": material.zoo.base}
+        return zoo.Fit(features=features, params=params)
+
+    rows = (
+        zoo.individual(),
+        zoo.SharedModel(name="average", delta=lambda taus, _: merging.average(taus)),
+        zoo.LearnedModel(name="whole", fit=whole),
+        zoo.LearnedModel(name="each", fit=each),
+        zoo.LearnedModel(name="used", fit=used),
+        zoo.LearnedModel(name="tuned", fit=whole, scales=(0.5, 3.0)),
+    )
+    study.run(zoo.PostHoc(rows=rows))
+    found = study.results
+    np.testing.assert_array_equal(found["whole"].accuracy, found["average"].accuracy)
+    np.testing.assert_array_equal(found["each"].accuracy, found["fine-tuned"].accuracy)
+    np.testing.assert_array_equal(found["used"].accuracy, found["fine-tuned"].accuracy)
+    assert found["whole"].details == {"steps": 7} and not found["average"].details
+    assert found["tuned"].grid == (0.0, 0.5, 3.0)
+    assert seen[0] == ({"fine-tuned", "average"}, 3)
+
+
+def test_learned_rows_get_labels_only_where_they_say_so(study):
+    def fit(taus, chosen, material):
+        material.labelled("train", 0)
+        return zoo.Fit(delta=merging.average(taus))
+
+    study.run(zoo.PostHoc(rows=(zoo.LearnedModel(name="a", fit=fit, labels=True),)))
+    with pytest.raises(ValueError, match="labels=False"):
+        study.run(zoo.PostHoc(rows=(zoo.LearnedModel(name="b", fit=fit),)))
+
+
+def test_a_grid_of_scales_wants_one_delta(study):
+    row = zoo.LearnedModel(
+        name="each",
+        fit=lambda taus, chosen, material: zoo.Fit(
+            task_delta=lambda task: zoo.task_delta(taus, task)
+        ),
+        scales=(0.5, 1.0),
+    )
+    with pytest.raises(ValueError, match="'each' has a grid of scales"):
+        study.run(zoo.PostHoc(rows=(row,)))

@@ -37,3 +37,14 @@ def test_grids_are_finite_numbers(grid):
             delta=lambda state, task, knob: state,
             knobs=grid,
         )
+
+
+def test_a_fit_is_one_thing():
+    with pytest.raises(ValueError, match="one of delta, task_delta and features"):
+        zoo.Fit()
+    with pytest.raises(ValueError, match="one of delta, task_delta and features"):
+        zoo.Fit(delta={}, task_delta=lambda task: {})
+    with pytest.raises(ValueError, match="wants both or none"):
+        zoo.Fit(features=lambda params, inputs, task: inputs)
+    with pytest.raises(ValueError, match="wants both or none"):
+        zoo.Fit(delta={}, params={})
