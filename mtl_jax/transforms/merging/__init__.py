@@ -29,6 +29,7 @@ from mtl_jax.transforms.merging._iso import iso_c, iso_cts
 from mtl_jax.transforms.merging._karcher import karcher
 from mtl_jax.transforms.merging._knots import knots
 from mtl_jax.transforms.merging._lines import layer_index, lines
+from mtl_jax.transforms.merging._lora_factors import lora_align, lora_from_taus
 from mtl_jax.transforms.merging._lora_merge import lora_cat, lora_svd
 from mtl_jax.transforms.merging._magmax import magmax
 from mtl_jax.transforms.merging._model_stock import model_stock
@@ -38,7 +39,14 @@ from mtl_jax.transforms.merging._opcm import opcm
 from mtl_jax.transforms.merging._pcb import pcb
 from mtl_jax.transforms.merging._ram import ram, ram_plus
 from mtl_jax.transforms.merging._randes import randes, randes_restore
-from mtl_jax.transforms.merging._rmm import RmmBank, rmm_basis, rmm_cost, rmm_restore
+from mtl_jax.transforms.merging._rmm import (
+    RmmBank,
+    rmm_basis,
+    rmm_choose,
+    rmm_cost,
+    rmm_errors,
+    rmm_restore,
+)
 from mtl_jax.transforms.merging._rows import unit_axis
 from mtl_jax.transforms.merging._sce import sce
 from mtl_jax.transforms.merging._search import (
@@ -101,7 +109,9 @@ __all__ = [
     "knots",
     "layer_index",
     "lines",
+    "lora_align",
     "lora_cat",
+    "lora_from_taus",
     "lora_svd",
     "magmax",
     "magnitude_masks",
@@ -120,7 +130,9 @@ __all__ = [
     "randes_restore",
     "restore_delta",
     "rmm_basis",
+    "rmm_choose",
     "rmm_cost",
+    "rmm_errors",
     "rmm_restore",
     "scale",
     "scale_search",

@@ -107,11 +107,12 @@ def lora_svd(
     ]
     joined = _cat("lora_svd", wide, alpha, weights, rslora, check_finite)
     dtypes = jax.tree.map(lambda x: x.dtype, loras[0])
-    short = jax.tree.map(lambda node: _shorten(node, rank), joined, is_leaf=_is_pair)
+    short = jax.tree.map(lambda node: shortened(node, rank), joined, is_leaf=is_pair)
     return jax.tree.map(lambda x, dtype: x.astype(dtype), short, dtypes)
 
 
-def _is_pair(node):
+def is_pair(node: Any) -> bool:
+    """Whether this is the node of one adapted leaf."""
     return isinstance(node, dict) and set(node) == {"a", "b"}
 
 
@@ -126,7 +127,7 @@ def _cat(fn_name, loras, alpha, weights, rslora, check_finite):
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _shorten(node, rank):
+def shortened(node: Any, rank: int) -> Any:
     """A pair of any rank -> the best pair of this rank."""
     left, r_left = jnp.linalg.qr(node["a"])
     right, r_right = jnp.linalg.qr(_spectral.transpose(node["b"]))

@@ -1,5 +1,7 @@
 """What must hold of reversible model merging."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,6 +87,31 @@ def test_no_other_basis_of_its_size_does_better():
         assert found <= (rest**2).sum() + 1e-4
 
 
+def test_descent_on_the_same_objective_does_not_win_either():
+    loras = draw(15)
+    x = jnp.asarray(positions(loras, "dense", "a"), jnp.float32)
+    found = (x - positions(restored(merging.rmm_basis(loras, 1)), "dense", "a")) ** 2
+
+    def loss(variables):
+        mean, basis, coefficients = variables
+        return ((x - mean[..., None] - basis @ coefficients) ** 2).sum()
+
+    @jax.jit
+    def descend(variables):
+        def step(_, variables):
+            grads = jax.grad(loss)(variables)
+            return jax.tree.map(lambda v, g: v - 0.02 * g, variables, grads)
+
+        return jax.lax.fori_loop(0, 3000, step, variables)
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (x.shape[:2], (*x.shape[:2], 1), (len(x), 1, T))
+    start = tuple(jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
+    reached = float(loss(descend(start)))
+    assert found.sum() <= reached + 1e-3
+    assert reached <= 1.1 * found.sum()  # It did descend.
+
+
 def test_equal_tasks_need_no_vector_and_tasks_on_a_line_one():
     first, step = draw(3, 2)
     for got in restored(merging.rmm_basis([first] * 3, 0), 3):
@@ -163,6 +190,53 @@ def test_the_bank_stores_what_the_cost_says():
             assert (merging.rmm_cost(r, n, p) < 1) == (p < r * (n - 1) / (r + n))
 
 
+def test_errors_are_told_without_a_fit():
+    loras = draw(12)
+    errors = merging.rmm_errors(loras)
+    for path, part in everywhere():
+        told = errors[path]["kernel"][part]
+        assert told.shape == (min(R, T) + 1,) and (np.diff(told) <= 0).all()
+        x = positions(loras, path, part)
+        for p in range(R + 1):
+            found = x - positions(restored(merging.rmm_basis(loras, p)), path, part)
+            np.testing.assert_allclose(told[p], (found**2).sum(), rtol=1e-4, atol=1e-3)
+
+
+def test_factors_may_have_bases_of_their_own():
+    loras = draw(13)
+    counts = {"dense": {"a": 0, "b": 2}, "layers": {"a": 1, "b": 3}}
+    p = {name: {"kernel": each} for name, each in counts.items()}
+    bank = merging.rmm_basis(loras, p)
+    for path, part in everywhere():
+        count = p[path]["kernel"][part]
+        assert bank.coefficients[path]["kernel"][part].shape[-1] == count
+        same = merging.rmm_basis(loras, count)
+        for one, other in zip(restored(bank), restored(same), strict=True):
+            close(one[path]["kernel"][part], other[path]["kernel"][part], 1e-5)
+
+
+@pytest.mark.parametrize("budget", [0.25, 0.5, 0.8, 1.2])
+def test_the_chosen_bases_lose_least_of_their_size(budget):
+    loras = draw(14)
+    whole = sum(x.size for x in jax.tree.leaves(loras))
+    errors = [np.asarray(e) for e in jax.tree.leaves(merging.rmm_errors(loras))]
+    rows = [x.size // R for x in jax.tree.leaves(loras[0])]
+
+    def size(counts):
+        return sum(n * (p * (R + T) + R) for n, p in zip(rows, counts, strict=True))
+
+    def loss(counts):
+        return sum(e[p] for e, p in zip(errors, counts, strict=True))
+
+    chosen = jax.tree.leaves(merging.rmm_choose(loras, budget))
+    assert size(chosen) <= budget * whole
+    every = list(itertools.product(range(R + 1), repeat=len(rows)))
+    best = min(loss(c) for c in every if size(c) <= size(chosen))
+    assert loss(chosen) <= best * 1.02 + 1e-3
+    if budget == 0.25:  # The means fit, nothing else.
+        assert chosen == [0] * len(rows)
+
+
 def test_traced_tasks_and_dtypes():
     loras = [jax.tree.map(lambda x: x.astype(jnp.bfloat16), each) for each in draw(10)]
     bank = jax.jit(lambda *xs: merging.rmm_basis(xs, 2))(*loras)
@@ -181,6 +255,12 @@ def test_refuses_by_name():
         merging.rmm_basis(loras, -1)
     with pytest.raises(ValueError, match="rmm_basis: no adapters"):
         merging.rmm_basis([], 1)
+    with pytest.raises(ValueError, match="rmm_basis: p is neither a number nor a tree"):
+        merging.rmm_basis(loras, {"dense": 1})
+    with pytest.raises(ValueError, match="rmm_choose: budget is 0.4, wanted at least"):
+        merging.rmm_choose(loras, 0.4)
+    with pytest.raises(ValueError, match="rmm_errors: no adapters"):
+        merging.rmm_errors([])
     with pytest.raises(ValueError, match="rmm_basis: 'layers/kernel/a' is not in both"):
         merging.rmm_basis([loras[0], {"dense": loras[1]["dense"]}], 1)
     bad = jax.tree.map(lambda x: x * jnp.nan, loras[1])
