@@ -22,6 +22,9 @@ ORDER = (
     {
         "_checks",
         "_contractions",
+        "_cutoff",
+        "_selection",
+        "_wide",
         "tree",
         "order",
         "placement",
@@ -41,6 +44,9 @@ ORDER = (
 PURE = {
     "_checks",
     "_contractions",
+    "_cutoff",
+    "_selection",
+    "_wide",
     "tree",
     "order",
     "placement",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtl_jax import order
+from mtl_jax import _selection, _wide, order
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 SHAPES = [(), (1,), (7,), (5, 6), (2, 3, 4), (0,), (3, 0)]
@@ -66,21 +66,20 @@ def test_radix_and_bisection_agree_bit_for_bit():
     y = jnp.round(x * 4) / 4
     for leaves in ([x], [y], [x, y[:, :7]]):
         for k in (0, 1, 900, 2000):
-            ks = jnp.full(3, k, jnp.uint32)
-            radix = order._radix(leaves, ks, "tasks")
-            bisect = order._bisect(leaves, ks, "tasks")
-            for got, want in zip(radix, bisect, strict=True):
-                np.testing.assert_array_equal(got, want)
+            ks = _wide.wide(jnp.full(3, k, jnp.uint32))
+            radix = _selection.radix(leaves, ks, "tasks")
+            bisect = _selection.bisect(leaves, ks, "tasks")
+            jax.tree.map(np.testing.assert_array_equal, radix, bisect)
 
 
 @pytest.mark.slow
 def test_slices_and_one_pass_agree(monkeypatch):
     x = {"w": draw(2, (3, 16, 12), jnp.float32), "b": draw(3, (3, 40), jnp.bfloat16)}
     whole = jax.jit(lambda x: order.task_top_cutoffs(x, 50))(x)
-    monkeypatch.setattr(order, "_SLICE", 16)
+    monkeypatch.setattr(_selection, "_SLICE", 16)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     jax.clear_caches()
-    assert order._num_slices(x["w"]) > 2
+    assert _selection._num_slices(x["w"]) > 2
     sliced = jax.jit(lambda x: order.task_top_cutoffs(x, 50))(x)
     masks = [
         jax.tree.map(lambda a, c: jax.vmap(order.reaches)(a, c), x, cutoffs)
@@ -125,3 +124,27 @@ def test_k_per_task():
 def test_refuses_dtypes_without_magnitude_bits(dtype):
     with pytest.raises(ValueError, match=f"dtype is {jnp.dtype(dtype)}"):
         order.magnitude_bits(jnp.zeros(3, dtype))
+
+
+def test_more_entries_than_a_word_counts(monkeypatch):
+    """Blocks of at most 20 entries stand in for blocks of 2^32."""
+    monkeypatch.setattr(_wide, "SPAN", 20)
+    x = {"w": draw(6, (2, 5, 3, 4), jnp.float32), "b": draw(7, (2, 7), jnp.bfloat16)}
+    flat = [
+        np.concatenate([np.asarray(x[k][t], np.float32).ravel() for k in "bw"])
+        for t in range(2)
+    ]
+    for k in (0, 1, 33, 50, 67):
+        cutoffs = order.task_top_cutoffs(x, k)
+        assert cutoffs["w"].block is not None
+        assert cutoffs["b"].block is None
+        masks = jax.tree.map(lambda a, c: jax.vmap(order.reaches)(a, c), x, cutoffs)
+        for t in range(2):
+            got = np.concatenate([np.asarray(masks[n][t]).ravel() for n in "bw"])
+            np.testing.assert_array_equal(got, oracle(flat[t], k))
+
+
+def test_an_axis_that_no_word_counts_is_refused(monkeypatch):
+    monkeypatch.setattr(_wide, "SPAN", 20)
+    with pytest.raises(ValueError, match=r"\(1, 21\) has too many entries"):
+        order.top_cutoff(jnp.ones(21), 3)
