@@ -12,7 +12,7 @@ from mtl_jax._checks import named_leaves
 from mtl_jax.transforms.adapters import lora
 from mtl_jax.transforms.adapters._nodes import put
 from mtl_jax.transforms.merging import _compose, _spectral
-from mtl_jax.transforms.merging._lora_merge import is_pair, shortened
+from mtl_jax.transforms.merging._lora_merge import halved, is_pair, shortened
 
 
 def lora_from_taus(
@@ -29,7 +29,7 @@ def lora_from_taus(
 
     Args:
       taus: task tree, leaves [T, ...].
-      rank: of every adapter; that of the matrix where it is smaller.
+      rank: of every adapter; columns beyond the rank that a matrix has are zeros.
       matrices: which leaves are matrices, (name, shape) -> bool, in the last two axes,
         those before them batched; None: leaves of exactly two axes. The others are left
         out: no adapter changes them.
@@ -67,9 +67,9 @@ def lora_from_taus(
         raise ValueError("lora_from_taus: no leaf of taus is a matrix")
     adapters: list[dict[str, Any]] = [{} for _ in range(count)]
     for name in views:
-        a, b = _factors(named[name], rank, svd)
-        for t, adapter in enumerate(adapters):
-            put(adapter, name.split("/"), {"a": a[t], "b": b[t]})
+        found = _factors(named[name], rank, svd)
+        for adapter, pair in zip(adapters, lora.unstack(found), strict=True):
+            put(adapter, name.split("/"), pair)
     return adapters
 
 
@@ -114,12 +114,10 @@ def lora_align(loras: Sequence[Any], *, check_finite: bool = True) -> list[Any]:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _factors(x, rank, method):
-    """[T, ..., in, out] -> a [T, ..., in, r], b [T, ..., r, out]."""
+    """[T, ..., in, out] -> {"a": [T, ..., in, r], "b": [T, ..., r, out]}."""
     wide = x.astype(tree.wide_dtype(x.dtype))
-    u, s, vt = _spectral.svd(wide, min(rank, *x.shape[-2:]), method)
-    root = jnp.sqrt(s)
-    a, b = u * root[..., None, :], root[..., None] * vt
-    return a.astype(x.dtype), b.astype(x.dtype)
+    found = halved(*_spectral.svd(wide, min(rank, *x.shape[-2:]), method), rank)
+    return jax.tree.map(lambda y: y.astype(x.dtype), found)
 
 
 @jax.jit

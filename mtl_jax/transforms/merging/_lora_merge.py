@@ -132,13 +132,18 @@ def shortened(node: Any, rank: int) -> Any:
     left, r_left = jnp.linalg.qr(node["a"])
     right, r_right = jnp.linalg.qr(_spectral.transpose(node["b"]))
     core = _spectral.matmul(r_left, _spectral.transpose(r_right))
-    u, s, vt = _spectral.svd(core, min(rank, *core.shape[-2:]))
-    root = jnp.sqrt(s)
-    a = _spectral.matmul(left, u * root[..., None, :])
-    b = _spectral.matmul(root[..., None] * vt, _spectral.transpose(right))
-    spare = [(0, 0)] * (a.ndim - 2)
-    more = (0, rank - s.shape[-1])
+    pair = halved(*_spectral.svd(core, min(rank, *core.shape[-2:])), rank)
     return {
-        "a": jnp.pad(a, [*spare, (0, 0), more]),
-        "b": jnp.pad(b, [*spare, more, (0, 0)]),
+        "a": _spectral.matmul(left, pair["a"]),
+        "b": _spectral.matmul(pair["b"], _spectral.transpose(right)),
+    }
+
+
+def halved(u: jax.Array, s: jax.Array, vt: jax.Array, rank: int) -> dict[str, Any]:
+    """A pair for u s v^T, of which both have the root of s, zeros up to the rank."""
+    root = jnp.sqrt(s)
+    spare, more = [(0, 0)] * (u.ndim - 2), (0, rank - s.shape[-1])
+    return {
+        "a": jnp.pad(u * root[..., None, :], [*spare, (0, 0), more]),
+        "b": jnp.pad(root[..., None] * vt, [*spare, more, (0, 0)]),
     }

@@ -53,7 +53,7 @@ def test_all_of_the_rank_is_exact_and_plain_axes_need_no_rule():
     found = merging.lora_from_taus(taus, rank=9)
     assert found[0].keys() == {"dense"}
     for t, adapter in enumerate(found):
-        assert adapter["dense"]["kernel"]["a"].shape == (5, 4)
+        assert adapter["dense"]["kernel"]["a"].shape == (5, 9)
         got = product(adapter)["dense"]["kernel"]
         np.testing.assert_allclose(got, taus["dense"]["kernel"][t], atol=1e-5)
 
