@@ -49,8 +49,8 @@ SPEC = SystemSpec(
         "compression, the others are one model for all tasks.",
         "The paper was read in secondary sources; the balanced split of singular "
         "values, bases chosen by layer and the alignment of gauges are ours.",
-        "Adapters are truncated singular value decompositions of fully trained experts, "
-        "without biases and norms.",
+        "Adapters are truncated singular value decompositions of what full training "
+        "changed, without biases and norms.",
         "Small encoders on text, on images and on a synthetic world stand for RoBERTa "
         "on GLUE and OPT-1.3B.",
     ),
@@ -62,14 +62,14 @@ class _Adapters:
 
     def __init__(self, rank: int, svd: str):
         self.rank, self._svd = rank, svd
-        self._made = (None, None)
+        self._of, self._loras = None, []
 
     def __call__(self, taus) -> list:
         """One adapter per task."""
-        if self._made[0] is not taus:
+        if self._of is not taus:
             options = {"rank": self.rank, "svd": self._svd}
-            self._made = (taus, merging.lora_from_taus(taus, **options))
-        return self._made[1]
+            self._of, self._loras = taus, merging.lora_from_taus(taus, **options)
+        return self._loras
 
     def bank(self, taus):
         """All of them, leaves [T, ...]."""
