@@ -21,6 +21,14 @@ from mtl_jax.transforms.merging._breadcrumbs import (
     keep_top,
     scale,
 )
+from mtl_jax.transforms.merging._coefficients import (
+    coefficient_grads,
+    compose,
+    init_coefficients,
+    partition,
+    select_blocks,
+    take_blocks,
+)
 from mtl_jax.transforms.merging._dare import dare
 from mtl_jax.transforms.merging._della import della
 from mtl_jax.transforms.merging._emr import Emr, emr, emr_restore
@@ -28,6 +36,7 @@ from mtl_jax.transforms.merging._expo import expo
 from mtl_jax.transforms.merging._iso import iso_c, iso_cts
 from mtl_jax.transforms.merging._karcher import karcher
 from mtl_jax.transforms.merging._knots import knots
+from mtl_jax.transforms.merging._learning import Learned, learner
 from mtl_jax.transforms.merging._lines import layer_index, lines
 from mtl_jax.transforms.merging._lora_factors import lora_align, lora_from_taus
 from mtl_jax.transforms.merging._lora_merge import lora_cat, lora_svd
@@ -80,6 +89,7 @@ __all__ = [
     "BitDelta",
     "CompressionBits",
     "Emr",
+    "Learned",
     "MaskStatistics",
     "RmmBank",
     "ScaleSearch",
@@ -92,7 +102,9 @@ __all__ = [
     "bitdelta_restore",
     "breadcrumbs",
     "chain",
+    "coefficient_grads",
     "combine",
+    "compose",
     "compression_bits",
     "consensus",
     "consensus_mask",
@@ -102,12 +114,14 @@ __all__ = [
     "emr",
     "emr_restore",
     "expo",
+    "init_coefficients",
     "iso_c",
     "iso_cts",
     "karcher",
     "keep_top",
     "knots",
     "layer_index",
+    "learner",
     "lines",
     "lora_align",
     "lora_cat",
@@ -123,6 +137,7 @@ __all__ = [
     "negate",
     "normalised_accuracy",
     "opcm",
+    "partition",
     "pcb",
     "ram",
     "ram_plus",
@@ -137,8 +152,10 @@ __all__ = [
     "scale",
     "scale_search",
     "sce",
+    "select_blocks",
     "slerp",
     "svc",
+    "take_blocks",
     "tall_masks",
     "task_arithmetic",
     "task_vectors",
