@@ -90,7 +90,9 @@ def learner(
         (slopes,) = pull(total)
         if penalty is not None:
             slopes = jax.tree.map(jnp.add, slopes, jax.grad(penalty)(variables))
-        updates, state = tx.update(slopes, state, variables)
+        # Optimizers of optax mix kinds of numbers.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            updates, state = tx.update(slopes, state, variables)
         return optax.apply_updates(variables, updates), state, losses
 
     @jax.jit
