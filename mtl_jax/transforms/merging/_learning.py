@@ -69,36 +69,15 @@ def learner(
     """
 
     def step(variables, state, batch, tasks, args):
-        params, rest, pull, join = _opened(params_fn, variables, args)
-
-        def one(total, item):
-            def loss(params):
-                return loss_fn(join(params, rest), item[0], item[1], args)
-
-            value, grads = jax.value_and_grad(loss)(params)
-            total = jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads)
-            return total, value.astype(jnp.float32)
-
-        total, losses = jax.lax.scan(
-            one,
-            jax.tree.map(
-                lambda x: jnp.zeros(x.shape, tree.wide_dtype(x.dtype)), params
-            ),
-            (batch, tasks),
-        )
-        total = jax.tree.map(lambda t, x: t.astype(x.dtype), total, params)
-        (slopes,) = pull(total)
+        losses, grads = slopes(params_fn, loss_fn, variables, batch, tasks, args)
         if penalty is not None:
-            slopes = jax.tree.map(jnp.add, slopes, jax.grad(penalty)(variables))
-        # Optimizers of optax mix kinds of numbers.
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            updates, state = tx.update(slopes, state, variables)
-        return optax.apply_updates(variables, updates), state, losses
+            grads = jax.tree.map(jnp.add, grads, jax.grad(penalty)(variables))
+        return *descend(tx, grads, state, variables), losses
 
     @jax.jit
     def loop(variables, state, batches, tasks, args):
         def body(carry, batch):
-            variables, state, losses = step(*carry, batch, tasks, args)
+            variables, state, losses = step(carry[0], carry[1], batch, tasks, args)
             return (variables, state), losses
 
         carry, losses = jax.lax.scan(body, (variables, state), batches)
@@ -111,9 +90,51 @@ def learner(
     return run
 
 
+def slopes(
+    params_fn: Callable[[Any, Any], Any],
+    loss_fn: Callable[[Any, Any, Any, Any], Any],
+    variables: Any,
+    batch: Any,
+    tasks: Any,
+    args: Any,
+) -> tuple[jax.Array, Any]:
+    """Losses of the tasks [T], and the slopes of their sum along the variables.
+
+    Merges once, walks over the tasks with one gradient in memory, and pulls their sum
+    back once. Arguments as in `learner`; batch and tasks have leaves [T, ...].
+    """
+    params, rest, pull, join = _opened(params_fn, variables, args)
+
+    def one(total, item):
+        def loss(params):
+            return loss_fn(join(params, rest), item[0], item[1], args)
+
+        value, grads = jax.value_and_grad(loss)(params)
+        total = jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads)
+        return total, value.astype(jnp.float32)
+
+    total, losses = jax.lax.scan(
+        one,
+        jax.tree.map(lambda x: jnp.zeros(x.shape, tree.wide_dtype(x.dtype)), params),
+        (batch, tasks),
+    )
+    total = jax.tree.map(lambda t, x: t.astype(x.dtype), total, params)
+    return losses, pull(total)[0]
+
+
+def descend(
+    tx: optax.GradientTransformation, grads: Any, state: Any, variables: Any
+) -> tuple[Any, Any]:
+    """One step of an optimizer: (variables, state)."""
+    # Optimizers of optax mix kinds of numbers.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        updates, state = tx.update(grads, state, variables)
+    return optax.apply_updates(variables, updates), state
+
+
 def _opened(params_fn, variables, args):
     """Floating leaves of the merged model, the others, the way back, and the join."""
-    treedef = None
+    treedef: Any = None
 
     def floats(variables):
         nonlocal treedef

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_jax._checks import number
-from mtl_jax.transforms.merging import _compose, _spectral
+from mtl_jax.transforms.merging import _compose, _learning, _spectral
 
 SOLVERS = ("adam", "exact")
 
@@ -103,9 +103,7 @@ def _merge(x, solver, steps, rate):
     def step(carry, _):
         merged, state = carry
         slope = 2 * (_spectral.matmul(merged, inputs) - target)
-        with jax.numpy_dtype_promotion("standard"):  # Powers of a counter.
-            update, state = optimizer.update(slope, state)
-        return (merged + update, state), None
+        return _learning.descend(optimizer, slope, state, merged), None
 
     carry = start, optimizer.init(start)
     return jax.lax.scan(step, carry, length=steps)[0][0]
