@@ -6,6 +6,7 @@ from mtl_jax.losses.classification import (
     softmax_cross_entropy,
     softmax_entropy,
 )
+from mtl_jax.losses.consistency import fixmatch, trusted
 from mtl_jax.losses.language import (
     next_tokens,
     segment_means,
@@ -23,6 +24,7 @@ from mtl_jax.losses.saliency import (
 __all__ = [
     "absolute_error",
     "csa_loss",
+    "fixmatch",
     "huber",
     "kl_divergence",
     "next_tokens",
@@ -34,6 +36,7 @@ __all__ = [
     "squared_error",
     "task_saliency",
     "token_cross_entropy",
+    "trusted",
     "tsr_loss",
     "weighted_mean",
 ]

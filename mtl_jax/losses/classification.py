@@ -35,7 +35,7 @@ def softmax_cross_entropy(
     """
     name = "softmax_cross_entropy"
     check_labels(name, logits, labels)
-    log_p = _log_softmax(name, logits, class_mask)
+    log_p = log_softmax(name, logits, class_mask)
     active = jnp.isfinite(log_p)
     classes = jax.lax.broadcasted_iota(labels.dtype, log_p.shape, log_p.ndim - 1)
     hit = (labels[..., None] == classes) & active
@@ -61,7 +61,7 @@ def softmax_entropy(
     Raises:
       ValueError: if `class_mask` does not fit.
     """
-    log_p = _log_softmax("softmax_entropy", logits, class_mask)
+    log_p = log_softmax("softmax_entropy", logits, class_mask)
     log_p = jnp.where(jnp.isfinite(log_p), log_p, 0)
     return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
@@ -110,7 +110,7 @@ def sigmoid_cross_entropy(logits: chex.Array, targets: chex.Array) -> chex.Array
     return jax.nn.softplus(x) - x * targets.astype(jnp.float32)
 
 
-def _log_softmax(name, logits, class_mask):
+def log_softmax(name, logits, class_mask):
     """Float32 log-probabilities; -inf at inactive classes, gradients finite."""
     x = logits.astype(jnp.float32)
     if class_mask is None:

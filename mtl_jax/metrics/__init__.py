@@ -1,6 +1,7 @@
 """Metrics: pure, one value per example, and summaries of runs of many tasks."""
 
 from mtl_jax.metrics.classification import accuracy, roc_auc, top_k_accuracy
+from mtl_jax.metrics.correlation import spearman
 from mtl_jax.metrics.multitask import (
     Conflicts,
     DeltaP,
@@ -19,5 +20,6 @@ __all__ = [
     "delta_m",
     "delta_p",
     "roc_auc",
+    "spearman",
     "top_k_accuracy",
 ]

@@ -122,6 +122,21 @@ def test_entropy_gradient_matches_finite_differences():
         np.testing.assert_allclose(grad[i], slope, atol=1e-5)
 
 
+@hypothesis.given(st.integers(0, 2**31 - 1), st.sampled_from([0.1, 1.0, 30.0]))
+def test_entropy_has_its_range_and_its_slope(seed, spread):
+    logits = spread * np.random.default_rng(seed).normal(size=(3, 5))
+    entropy = losses.softmax_entropy(jnp.asarray(logits, jnp.float32))
+    assert (np.asarray(entropy) >= 0).all()
+    assert (np.asarray(entropy) <= np.log(5) + 1e-6).all()
+    log_p = oracle_log_softmax(logits, np.ones(5, bool))
+    p = np.exp(log_p)
+    want = -p * (log_p - (p * log_p).sum(-1, keepdims=True))
+    found = jax.grad(lambda x: losses.softmax_entropy(x).sum())(
+        jnp.asarray(logits, jnp.float32)
+    )
+    np.testing.assert_allclose(found, want, atol=2e-5)
+
+
 @hypothesis.given(st.integers(0, 2**31 - 1))
 def test_kl_is_the_formula_and_zero_on_itself(seed):
     p, q = np.random.default_rng(seed).normal(size=(2, 3, 5))

@@ -110,9 +110,8 @@ def test_parts_divide_every_entry(seed):
     coeffs = coefficients(seed, taus, parts=3)
     found = merging.compose(base, taus, coeffs, parts=where)["block0"]["w"]
     b, x, p, c = (t["block0"]["w"] for t in (base, taus, where, coeffs))
-    want = b + sum(c[:, k] @ (x * (p == k)).reshape(T, -1) for k in range(3)).reshape(
-        b.shape
-    )
+    terms = [c[:, k] @ (x * (p == k)).reshape(T, -1) for k in range(3)]
+    want = b + np.sum(terms, 0).reshape(b.shape)
     np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
 
 
