@@ -33,6 +33,11 @@ from mtl_jax.transforms.merging._dare import dare
 from mtl_jax.transforms.merging._della import della
 from mtl_jax.transforms.merging._emr import Emr, emr, emr_restore
 from mtl_jax.transforms.merging._expo import expo
+from mtl_jax.transforms.merging._fisher import (
+    fisher,
+    fisher_diagonal,
+    squared_gradients,
+)
 from mtl_jax.transforms.merging._iso import iso_c, iso_cts
 from mtl_jax.transforms.merging._karcher import karcher
 from mtl_jax.transforms.merging._knots import knots
@@ -114,6 +119,8 @@ __all__ = [
     "emr",
     "emr_restore",
     "expo",
+    "fisher",
+    "fisher_diagonal",
     "init_coefficients",
     "iso_c",
     "iso_cts",
@@ -154,6 +161,7 @@ __all__ = [
     "sce",
     "select_blocks",
     "slerp",
+    "squared_gradients",
     "svc",
     "take_blocks",
     "tall_masks",
