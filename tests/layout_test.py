@@ -36,6 +36,7 @@ ORDER = (
     {"models", "losses", "metrics", "data"},
     {"decoding"},
     {"train", "io", "report"},
+    {"checkpoints"},
     {"zoo", "multitask"},
     {"systems"},
     {"run"},

@@ -9,11 +9,9 @@ from typing import Any
 from etils import epath
 from jax.typing import DTypeLike
 
-from mtl_jax.io import gguf, safetensors
+from mtl_jax.io import gguf, safetensors, shards
 from mtl_jax.io.names import NameTable, of_config
 
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _CONFIG = "config.json"
 
 
@@ -66,7 +64,7 @@ def gguf_in(path: epath.PathLike) -> epath.Path | None:
       ValueError: for a folder with several and no safetensors.
     """
     path = epath.Path(path)
-    if any((path / name).is_file() for name in (_WEIGHTS, _INDEX)):
+    if any((path / name).is_file() for name in (shards.WEIGHTS, shards.INDEX)):
         return None
     return gguf.find(path)
 
@@ -108,31 +106,23 @@ def save_pretrained(
     except OSError as error:
         raise OSError(f"cannot make {path}: {error.strerror or error}") from error
     if shard_bytes is None:
-        safetensors.save(path / _WEIGHTS, tensors, {"format": "pt"})
-        (path / _INDEX).unlink(missing_ok=True)
+        safetensors.save(path / shards.WEIGHTS, tensors, {"format": "pt"})
+        (path / shards.INDEX).unlink(missing_ok=True)
     else:
         _save_shards(path, tensors, shard_bytes)
-        (path / _WEIGHTS).unlink(missing_ok=True)
+        (path / shards.WEIGHTS).unlink(missing_ok=True)
     if config is not None:
         (path / _CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n")
 
 
 def _save_shards(path, tensors, limit):
     """Files that are filled one after the other, then their index."""
-    shards, room = [], 0
-    for name, leaf in tensors.items():
-        size = math.prod(leaf.shape) * leaf.dtype.itemsize
-        if not shards or size > room:
-            shards.append({})
-            room = limit
-        shards[-1][name] = leaf
-        room -= size
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        safetensors.save(path / file, shard, {"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    (path / _INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    sizes = {n: math.prod(x.shape) * x.dtype.itemsize for n, x in tensors.items()}
+    files = shards.divide(sizes, limit)
+    for file, names in files.items():
+        part = {name: tensors[name] for name in names}
+        safetensors.save(path / file, part, {"format": "pt"})
+    (path / shards.INDEX).write_text(shards.index(files, sizes))
 
 
 def read_config(path: epath.PathLike) -> dict[str, Any]:
@@ -148,48 +138,19 @@ def read_config(path: epath.PathLike) -> dict[str, Any]:
     path = epath.Path(path) / _CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    return _json(path)
-
-
-def _json(path):
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: must be a JSON object")
-    return value
+    return shards.read_json(path)
 
 
 def _open(path):
     """All tensors of a file, a folder or an index, none of them read yet."""
     if not path.is_dir():
         return safetensors.SafetensorsFile(path)
-    if (path / _WEIGHTS).is_file():
-        return safetensors.SafetensorsFile(path / _WEIGHTS)
-    if (path / _INDEX).is_file():
-        return _open_shards(path)
+    if (path / shards.WEIGHTS).is_file():
+        return safetensors.SafetensorsFile(path / shards.WEIGHTS)
+    if (path / shards.INDEX).is_file():
+        return collections.ChainMap(*shards.open_shards(path).values())
     found = sorted(child.name for child in path.iterdir())
     raise FileNotFoundError(
-        f"{path} has neither {_WEIGHTS} nor {_INDEX}; found: "
+        f"{path} has neither {shards.WEIGHTS} nor {shards.INDEX}; found: "
         f"{', '.join(found) or 'nothing'} (only safetensors and GGUF are read)"
     )
-
-
-def _open_shards(path):
-    index = path / _INDEX
-    weight_map = _json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: has no weight_map")
-    if bad := sorted(f for f in set(weight_map.values()) if "/" in str(f)):
-        raise ValueError(f"{index}: shards must lie beside it, found {bad[0]!r}")
-    files = {
-        name: safetensors.SafetensorsFile(path / name)
-        for name in sorted(set(weight_map.values()))
-    }
-    absent = sorted(
-        name for name, file in weight_map.items() if name not in files[file]
-    )
-    if absent:
-        raise ValueError(f"{index}: not in the shard it names: {', '.join(absent)}")
-    return collections.ChainMap(*files.values())

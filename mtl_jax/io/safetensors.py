@@ -4,12 +4,15 @@ A file is eight bytes (little-endian length of the header), a JSON header that m
 names to dtype, shape and byte range, and the raw little-endian tensors without gaps.
 """
 
+import collections
 import contextlib
 import json
 import math
+import mmap
 import os
 import secrets
 import struct
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -57,13 +60,16 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
 
     Args:
       path: a local path or anything `etils.epath` opens.
+      resident: of the views handed out, only the newest of so many bytes keep their
+        pages in the memory of this process; older ones stay valid and are paged in
+        again when used. None: all that was used stays.
 
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if the file is not a well-formed safetensors file, naming the fault.
     """
 
-    def __init__(self, path: epath.PathLike):
+    def __init__(self, path: epath.PathLike, *, resident: int | None = None):
         self.path = epath.Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"no such file: {self.path}")
@@ -73,22 +79,41 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
         self._start, raw = header
         self.metadata: dict[str, str] = _metadata(raw, self.path)
         self._entries = _entries(raw, size - self._start, self.path)
-        self._map = (
-            np.memmap(self.path, np.uint8, "r")
-            if size and os.path.exists(self.path)
-            else None
-        )
+        self._map = _mapped(self.path) if os.path.exists(self.path) else None
+        self._pages = None if resident is None else _Pages(self._map, resident)
 
     def __getitem__(self, name: str) -> np.ndarray:
         entry = self._entries[name]
-        begin, count = self._start + entry.begin, entry.end - entry.begin
+        return self._read(entry.dtype, entry.begin, entry.end).reshape(entry.shape)
+
+    def flat(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Entries start to stop of a tensor in row-major order.
+
+        Raises:
+          ValueError: if the tensor has fewer entries.
+        """
+        entry = self._entries[name]
+        size = math.prod(entry.shape)
+        if not 0 <= start <= stop <= size:
+            raise ValueError(
+                f"{self.path}: {name!r} has {size} entries, wanted {start} to {stop}"
+            )
+        width = entry.dtype.itemsize
+        return self._read(
+            entry.dtype, entry.begin + start * width, entry.begin + stop * width
+        )
+
+    def _read(self, dtype, begin, end):
+        begin, count = self._start + begin, end - begin
         if self._map is not None:
-            raw = self._map[begin : begin + count].view(np.ndarray)
+            if self._pages is not None:
+                self._pages.use(begin, begin + count)
+            raw = np.frombuffer(self._map, np.uint8, count, begin)
         else:
             with self.path.open("rb") as f:
                 f.seek(begin)
                 raw = np.frombuffer(f.read(count), np.uint8)
-        return raw.view(entry.dtype).reshape(entry.shape)
+        return raw.view(dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -103,6 +128,38 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
     def dtype(self, name: str) -> np.dtype:
         """Dtype of a tensor, without reading it."""
         return self._entries[name].dtype
+
+    def offset(self, name: str) -> int:
+        """Byte of the data at which a tensor begins."""
+        return self._entries[name].begin
+
+
+class _Pages:
+    """Which pages of a mapped file stay in memory; dropped ones can be read again."""
+
+    def __init__(self, mapped: mmap.mmap | None, limit: int):
+        self._map, self._limit, self._total = mapped, limit, 0
+        self._used: collections.deque[tuple[int, int]] = collections.deque()
+        self._lock = threading.Lock()
+
+    def use(self, begin: int, end: int) -> None:
+        """Notes a range that is about to be read, and drops the oldest ones."""
+        with self._lock:
+            self._used.append((begin, end))
+            self._total += end - begin
+            old = []
+            while self._total > self._limit and len(self._used) > 1:
+                old.append(self._used.popleft())
+                self._total -= old[-1][1] - old[-1][0]
+        for first, last in old:
+            first = first // mmap.PAGESIZE * mmap.PAGESIZE
+            if last > first and self._map is not None:
+                self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+def _mapped(path):
+    with open(path, "rb") as f:
+        return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _read_header(f, size, path):
@@ -223,31 +280,40 @@ def save(
       OSError: if the file cannot be written; nothing is left behind then.
     """
     path = epath.Path(path)
-    header = _header(tensors, metadata or {})
+    raw = header(tensors, metadata or {})
     with _replacing(path) as f:
-        f.write(struct.pack("<Q", len(header)))
-        f.write(header)
-        for name in _order(tensors):
+        f.write(raw)
+        for name in order(tensors):
             array = np.asarray(tensors[name])
             little = array.astype(array.dtype.newbyteorder("<"), copy=False)
             f.write(np.ascontiguousarray(little).reshape(-1).view(np.uint8).data)
 
 
-def _order(tensors):
+def order(tensors: Mapping[str, Any]) -> list[str]:
     """Widest dtype first, then by name: every tensor is aligned to its item size."""
     return sorted(tensors, key=lambda n: (-np.dtype(tensors[n].dtype).itemsize, n))
 
 
-def _header(tensors, metadata):
+def header(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+    """What a file begins with: the length of the header, and the header.
+
+    Args:
+      tensors: name -> anything with a shape and a dtype; they follow in the order of
+        `order`, without gaps.
+      metadata: strings to strings.
+
+    Raises:
+      ValueError: for a dtype that the format lacks, or metadata that is not strings.
+    """
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise ValueError(
                 f"safetensors.save: metadata must map strings to strings, found "
                 f"{key!r}: {value!r}"
             )
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     begin = 0
-    for name in _order(tensors):
+    for name in order(tensors):
         if name == "__metadata__":
             raise ValueError("safetensors.save: '__metadata__' is a reserved name")
         dtype = np.dtype(tensors[name].dtype).newbyteorder("<")
@@ -258,14 +324,15 @@ def _header(tensors, metadata):
             )
         shape = tuple(tensors[name].shape)
         end = begin + math.prod(shape) * dtype.itemsize
-        header[name] = {
+        entries[name] = {
             "dtype": _NAMES[dtype],
             "shape": list(shape),
             "data_offsets": [begin, end],
         }
         begin = end
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    return raw + b" " * (-len(raw) % _ALIGN)
+    raw = json.dumps(entries, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % _ALIGN)
+    return struct.pack("<Q", len(raw)) + raw
 
 
 @contextlib.contextmanager

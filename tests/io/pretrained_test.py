@@ -127,7 +127,7 @@ def test_shards_are_written_up_to_a_size(tmp_path, params):
 def test_faults_of_an_index_are_named(tmp_path, params):
     weight_map = shard(tmp_path, params)
     write_index(tmp_path, {**weight_map, "ghost": "model-0.safetensors"})
-    with pytest.raises(ValueError, match="not in the shard it names: ghost"):
+    with pytest.raises(ValueError, match="not in the shard it names: 'ghost'"):
         io.load_pretrained(tmp_path, io.names.bert)
     write_index(tmp_path, {**weight_map, "ghost": "model-7.safetensors"})
     with pytest.raises(FileNotFoundError, match="model-7"):

@@ -1,0 +1,1 @@
+"""Checkpoint folders edited out of core: tensors go in and out in chunks."""
