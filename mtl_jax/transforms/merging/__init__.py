@@ -46,11 +46,13 @@ from mtl_jax.transforms.merging._lines import layer_index, lines
 from mtl_jax.transforms.merging._lora_factors import lora_align, lora_from_taus
 from mtl_jax.transforms.merging._lora_merge import lora_cat, lora_svd
 from mtl_jax.transforms.merging._magmax import magmax
+from mtl_jax.transforms.merging._mix import mix
 from mtl_jax.transforms.merging._model_stock import model_stock
 from mtl_jax.transforms.merging._multislerp import multislerp
 from mtl_jax.transforms.merging._nearswap import nearswap
 from mtl_jax.transforms.merging._opcm import opcm
 from mtl_jax.transforms.merging._pcb import pcb
+from mtl_jax.transforms.merging._positioning import Position, positioner
 from mtl_jax.transforms.merging._ram import ram, ram_plus
 from mtl_jax.transforms.merging._randes import randes, randes_restore
 from mtl_jax.transforms.merging._rmm import (
@@ -70,6 +72,7 @@ from mtl_jax.transforms.merging._search import (
     scale_search,
 )
 from mtl_jax.transforms.merging._slerp import slerp
+from mtl_jax.transforms.merging._slerp_chain import slerp_chain, slerp_chain_weights
 from mtl_jax.transforms.merging._svc import svc
 from mtl_jax.transforms.merging._tall_masks import (
     CompressionBits,
@@ -96,6 +99,7 @@ __all__ = [
     "Emr",
     "Learned",
     "MaskStatistics",
+    "Position",
     "RmmBank",
     "ScaleSearch",
     "Trial",
@@ -138,6 +142,7 @@ __all__ = [
     "magnitude_masks",
     "mask_counts",
     "mask_statistics",
+    "mix",
     "model_stock",
     "multislerp",
     "nearswap",
@@ -146,6 +151,7 @@ __all__ = [
     "opcm",
     "partition",
     "pcb",
+    "positioner",
     "ram",
     "ram_plus",
     "randes",
@@ -161,6 +167,8 @@ __all__ = [
     "sce",
     "select_blocks",
     "slerp",
+    "slerp_chain",
+    "slerp_chain_weights",
     "squared_gradients",
     "svc",
     "take_blocks",
