@@ -5,7 +5,7 @@ from mtl_jax.zoo.encoders import Encoder, class_means, minilm, small_vit
 from mtl_jax.zoo.evaluate import Evaluator
 from mtl_jax.zoo.experts import Settings, Zoo, logits_fn, open_zoo, trainable
 from mtl_jax.zoo.language import LanguageModel, open_gguf, smollm2
-from mtl_jax.zoo.material import Material
+from mtl_jax.zoo.material import Material, Trace, learn, stacks
 from mtl_jax.zoo.rows import (
     Fit,
     LearnedModel,
@@ -19,6 +19,7 @@ from mtl_jax.zoo.rows import (
     zero_shot,
 )
 from mtl_jax.zoo.tasks import TaskData, load_tasks, make_task
+from mtl_jax.zoo.views import perturb
 from mtl_jax.zoo.world import world
 
 __all__ = [
@@ -34,20 +35,24 @@ __all__ = [
     "SharedModel",
     "TaskData",
     "TaskModels",
+    "Trace",
     "Zoo",
     "baselines",
     "class_means",
     "clip",
     "individual",
+    "learn",
     "load_tasks",
     "logits_fn",
     "make_task",
     "minilm",
     "open_gguf",
     "open_zoo",
+    "perturb",
     "require_weights",
     "small_vit",
     "smollm2",
+    "stacks",
     "task_delta",
     "text_heads",
     "trainable",
