@@ -26,6 +26,7 @@ _NAMESPACES = {
     "models": "mtl_jax.models",
     "quantization": "mtl_jax.transforms.quantization",
     "report": "mtl_jax.report",
+    "routing": "mtl_jax.transforms.routing",
     "train": "mtl_jax.train",
     "tree": "mtl_jax.tree",
     "weighting": "mtl_jax.transforms.weighting",

@@ -19,6 +19,7 @@ from mtl_jax.models.backbones import (
     ViT,
     shift_right,
 )
+from mtl_jax.models.captures import input_grams
 from mtl_jax.models.functional import functional
 from mtl_jax.models.heads import Classifier, mean_pool, prototype_logits, zero_shot_head
 from mtl_jax.models.layers import (
@@ -28,6 +29,7 @@ from mtl_jax.models.layers import (
     unstack_layers,
 )
 from mtl_jax.models.registry import build, names, sharding_rules
+from mtl_jax.models.routed import apply_routed, apply_smile
 
 __all__ = [
     "Bert",
@@ -42,10 +44,13 @@ __all__ = [
     "SmallConv",
     "ViT",
     "apply_adapted",
+    "apply_routed",
+    "apply_smile",
     "build",
     "functional",
     "heads",
     "init_cache",
+    "input_grams",
     "layers",
     "mean_pool",
     "multitask",
