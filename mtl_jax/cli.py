@@ -1,4 +1,4 @@
-"""The command line: run, generate, list, show, report, preflight.
+"""The command line: experiments, generation, checkpoints, the catalogue.
 
 A mistake of the user ends in one line on standard error and exit code 2; the
 traceback appears with `--debug` only. Everything heavy is imported where needed.
@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from mtl_jax import cli_arguments, host
+from mtl_jax import cli_arguments, cli_checkpoints, host
 
 if TYPE_CHECKING:
     from mtl_jax import catalog
@@ -233,7 +233,7 @@ def _dispatch(args: argparse.Namespace, extra: Sequence[str]) -> int:
     if extra:
         raise ValueError(f"unknown argument {extra[0]!r}")
     commands = {"generate": _generate, "list": _list, "show": _show, "report": _report}
-    return commands[args.command](args)
+    return {**commands, **cli_checkpoints.COMMANDS}[args.command](args)
 
 
 def _explain(error: BaseException) -> tuple[str, int]:

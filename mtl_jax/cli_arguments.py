@@ -5,6 +5,8 @@ import textwrap
 from collections.abc import Callable
 from typing import NoReturn
 
+from mtl_jax import cli_checkpoints
+
 __all__ = ["parser"]
 
 
@@ -177,5 +179,6 @@ def parser() -> argparse.ArgumentParser:
 
     _add_experiments(add)
     _add_generate(add)
+    cli_checkpoints.add_commands(add)
     _add_readers(add)
     return top

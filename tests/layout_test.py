@@ -40,7 +40,7 @@ ORDER = (
     {"zoo", "multitask"},
     {"systems"},
     {"run"},
-    {"host", "configs", "cli_arguments", "cli", "__main__"},
+    {"host", "configs", "cli_checkpoints", "cli_arguments", "cli", "__main__"},
 )
 PURE = {
     "_checks",

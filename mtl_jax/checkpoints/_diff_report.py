@@ -10,7 +10,15 @@ import numpy as np
 from mtl_jax import report
 from mtl_jax.checkpoints.diff import Comparison, Diff, TensorDiff, place
 
-__all__ = ["COLUMNS", "ranked", "summary", "table", "to_json", "to_report"]
+__all__ = [
+    "COLUMNS",
+    "check_column",
+    "ranked",
+    "summary",
+    "table",
+    "to_json",
+    "to_report",
+]
 
 # Column -> (value, format, whether a large value is what one looks for).
 _SUMS: dict[str, tuple[Callable[[Comparison], Any], str, bool]] = {
@@ -45,6 +53,18 @@ _TITLES = {
 _MAX_BARS, _MAX_COLUMNS, _MAX_ROWS = 24, 40, 100
 
 
+def check_column(column: str) -> None:
+    """Refuses what is none of `COLUMNS`.
+
+    Raises:
+      ValueError: naming those there are.
+    """
+    if column not in COLUMNS:
+        raise ValueError(
+            f"diff: no column {column!r} to sort by; there are {', '.join(COLUMNS)}"
+        )
+
+
 def ranked(found: Diff, column: str = "relative") -> list[TensorDiff]:
     """Tensors, what deserves a look first; those without a value last.
 
@@ -55,10 +75,7 @@ def ranked(found: Diff, column: str = "relative") -> list[TensorDiff]:
     Raises:
       ValueError: no such column.
     """
-    if column not in COLUMNS:
-        raise ValueError(
-            f"diff: no column {column!r} to sort by; there are {', '.join(COLUMNS)}"
-        )
+    check_column(column)
     if column == "name":
         return sorted(found.tensors, key=lambda each: each.name)
     value, _, descending = _SUMS[column]

@@ -215,7 +215,7 @@ def compare(
       `Comparison`; a complex tensor counts as its real and imaginary parts.
     """
     views = (a, b) if base is None else (a, b, base)
-    size = math.prod(a.spec.shape)
+    size = a.spec.size
     total = Comparison()
     for start in range(0, size, _READ):
         parts = [view.flat(start, min(start + _READ, size)) for view in views]
