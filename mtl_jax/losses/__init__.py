@@ -7,6 +7,7 @@ from mtl_jax.losses.classification import (
     softmax_entropy,
 )
 from mtl_jax.losses.consistency import fixmatch, trusted
+from mtl_jax.losses.contrastive import infonce
 from mtl_jax.losses.language import (
     next_tokens,
     segment_means,
@@ -26,6 +27,7 @@ __all__ = [
     "csa_loss",
     "fixmatch",
     "huber",
+    "infonce",
     "kl_divergence",
     "next_tokens",
     "rep_mtl_loss",

@@ -10,6 +10,7 @@ from mtl_jax.metrics.multitask import (
     delta_m,
     delta_p,
 )
+from mtl_jax.metrics.ranking import ndcg
 
 __all__ = [
     "Conflicts",
@@ -19,6 +20,7 @@ __all__ = [
     "cosine_matrix",
     "delta_m",
     "delta_p",
+    "ndcg",
     "roc_auc",
     "spearman",
     "top_k_accuracy",
