@@ -8,7 +8,7 @@ from etils import epath
 
 from mtl_jax.io import safetensors
 
-__all__ = ["INDEX", "WEIGHTS", "divide", "index", "open_shards", "read_json"]
+__all__ = ["INDEX", "WEIGHTS", "divide", "index", "open_shards", "read_json", "some"]
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -60,7 +60,7 @@ def open_shards(
             held = [tensor for tensor, file in weight_map.items() if file == name]
             raise FileNotFoundError(
                 f"no such file: {path.parent / name}, which {INDEX} names for "
-                f"{_some(held)}"
+                f"{some(held)}"
             )
         files[name] = safetensors.SafetensorsFile(path.parent / name, resident=resident)
     _agree(path, weight_map, files)
@@ -71,7 +71,7 @@ def _agree(path, weight_map, files):
     """Refuses an index that is not what the headers say."""
     if absent := [n for n, file in weight_map.items() if n not in files[file]]:
         raise ValueError(
-            f"{path}: not in the shard it names: {_some(sorted(absent))} "
+            f"{path}: not in the shard it names: {some(sorted(absent))} "
             f"({weight_map[min(absent)]})"
         )
     held: dict[str, str] = {}
@@ -82,11 +82,12 @@ def _agree(path, weight_map, files):
             held[name] = file
     if extra := sorted(set(held) - set(weight_map)):
         raise ValueError(
-            f"{path}: does not name {_some(extra)}, found in {held[extra[0]]}"
+            f"{path}: does not name {some(extra)}, found in {held[extra[0]]}"
         )
 
 
-def _some(names: Sequence[str], limit: int = 4) -> str:
+def some(names: Sequence[str], limit: int = 4) -> str:
+    """The first few names, quoted, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(map(repr, names[:limit])) + more
 
