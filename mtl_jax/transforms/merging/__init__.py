@@ -55,6 +55,12 @@ from mtl_jax.transforms.merging._pcb import pcb
 from mtl_jax.transforms.merging._positioning import Position, positioner
 from mtl_jax.transforms.merging._ram import ram, ram_plus
 from mtl_jax.transforms.merging._randes import randes, randes_restore
+from mtl_jax.transforms.merging._regmean import (
+    InputGram,
+    mean_grams,
+    regmean,
+    regmean_plus_plus,
+)
 from mtl_jax.transforms.merging._rmm import (
     RmmBank,
     rmm_basis,
@@ -97,6 +103,7 @@ __all__ = [
     "BitDelta",
     "CompressionBits",
     "Emr",
+    "InputGram",
     "Learned",
     "MaskStatistics",
     "Position",
@@ -142,6 +149,7 @@ __all__ = [
     "magnitude_masks",
     "mask_counts",
     "mask_statistics",
+    "mean_grams",
     "mix",
     "model_stock",
     "multislerp",
@@ -156,6 +164,8 @@ __all__ = [
     "ram_plus",
     "randes",
     "randes_restore",
+    "regmean",
+    "regmean_plus_plus",
     "restore_delta",
     "rmm_basis",
     "rmm_choose",
