@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mtl_jax import losses, metrics, report, tree, zoo
+from mtl_jax import losses, zoo
 from mtl_jax.catalog import SystemSpec
 from mtl_jax.train import optim
 from mtl_jax.transforms import merging
@@ -32,13 +32,9 @@ SPEC = SystemSpec(
   archiveprefix = {arXiv}
 }""",
     uses=(
-        "losses.softmax_cross_entropy",
         "losses.softmax_entropy",
-        "merging.average",
         "merging.combine",
-        "merging.compose",
         "merging.init_coefficients",
-        "merging.learner",
         "merging.task_arithmetic",
         "merging.ties_select",
     ),
@@ -63,10 +59,13 @@ RULES = {  # name: layout, learning rate, ++, split of the inputs
 }
 
 
-def merged(coeffs, args):
-    """The model at coefficients within their range."""
-    clipped = jax.tree.map(lambda c: jnp.clip(c, 0, 1), coeffs)
-    return merging.compose(args["base"], args["taus"], clipped)
+def _clipped(coeffs):
+    return jax.tree.map(lambda c: jnp.clip(c, 0, 1), coeffs)
+
+
+def _delta(taus, coeffs):
+    """What is added to the base; coefficients as they are deployed."""
+    return merging.combine(taus, _clipped(coeffs))
 
 
 def learn(taus, material, study, *, kind, rate, rows, tasks=None) -> zoo.Trace:
@@ -82,11 +81,12 @@ def learn(taus, material, study, *, kind, rate, rows, tasks=None) -> zoo.Trace:
       tasks: whose heads; all by default.
     """
 
-    def entropy(params, inputs, head, args):
-        logits = material.logits(params, inputs, head, args["model"])
-        return jnp.mean(losses.softmax_entropy(logits, head["active"]))
+    def entropy(logits, inputs, task):
+        return jnp.mean(losses.softmax_entropy(logits(inputs), task["head"]["active"]))
 
-    run = merging.learner(merged, entropy, optim.optimizer("adam", rate))
+    run = zoo.coefficients(
+        material, entropy, optim.optimizer("adam", rate), spread=_clipped
+    )
     batches = zoo.stacks(
         rows,
         steps=study.steps,
@@ -95,15 +95,7 @@ def learn(taus, material, study, *, kind, rate, rows, tasks=None) -> zoo.Trace:
         chunk=study.chunk,
     )
     start = merging.init_coefficients(taus, study.start, kind=kind)
-    args = {"base": material.zoo.base, "taus": taus, "model": material.args}
-    with material.progress.task("entropy", total=study.steps) as bar:
-        return zoo.learn(run, start, batches, material.heads(tasks), args, bar=bar)
-
-
-def _delta(taus, coeffs):
-    """What is added to the base; coefficients as they are deployed."""
-    clipped = jax.tree.map(lambda c: jnp.clip(c, 0, 1), coeffs)
-    return merging.combine(taus, clipped)
+    return run(taus, start, batches, {"head": material.heads(tasks)}, study.steps)
 
 
 def _row(name, study) -> zoo.LearnedModel:
@@ -132,19 +124,7 @@ def build(config: ConfigDict) -> zoo.PostHoc:
     rows = (*plain, fixed, *(_row(name, study) for name in study.rules))
     return zoo.PostHoc(
         rows=rows,
-        analyses=(_claims, _course, _entropy, _classes, _changed, _coefficients),
-    )
-
-
-def _table(study, title, columns, rows, form=".1%", caption="") -> None:
-    study.report.add_table(
-        report.Table(
-            title=title,
-            columns=columns,
-            rows=tuple(rows),
-            formats=dict.fromkeys(columns[1:], form),
-            caption=caption,
-        )
+        analyses=(_claims, _insight, _changed),
     )
 
 
@@ -165,80 +145,33 @@ def _claims(study) -> None:
             study.claim(text, f"{gain:+.1%} accuracy", gain >= margin)
 
 
-def _course(study) -> None:
-    """Entropy between the recorded steps, and test accuracy at them."""
+def _insight(study) -> None:
+    """The course of learning, and whether entropy is to be trusted."""
     config, taus = study.config.study, study.taus["standard"]
-    start = merging.init_coefficients(taus, config.start, kind="task")
-    entropies, curves = {}, {}
-    for name in config.rules:
-        trace = study.results[name].details["trace"]
-        steps = [0, *(step for step, _ in trace.path)]
-        entropies[name] = [
-            float(trace.losses[a:b].mean()) for a, b in itertools.pairwise(steps)
-        ]
-        if not RULES[name][2]:  # The cleaned vectors are not kept.
-            points = [start, *(coeffs for _, coeffs in trace.path)]
-            models = [study.move(_delta(taus, coeffs)) for coeffs in points]
-            curves[name] = [float(study.measure(m, "test").mean()) for m in models]
-    for title, x, series, form in (
-        ("Test accuracy after steps", steps, curves, ".1%"),
-        (
-            "Mean entropy (nats) of the batches up to a step",
-            steps[1:],
-            entropies,
-            ".3f",
-        ),
-    ):
-        study.report.add_figure(title, report.Lines(x=x, series=series, x_label="step"))
-        rows = [(name, *values) for name, values in series.items()]
-        _table(study, title, ("row", *map(str, x)), rows, form)
-    falls = entropies["layer-wise"]
+    traces = {name: study.results[name].details["trace"] for name in config.rules}
+    models = {
+        name: lambda coeffs: study.move(_delta(taus, coeffs))
+        for name in config.rules
+        if not RULES[name][2]  # The cleaned vectors are not kept.
+    }
+    falls = zoo.diagnostics.add_course(study, traces, models)["layer-wise"]
     study.claim(
         f"Entropy falls from every {config.chunk} steps to the next (layer-wise)",
         f"{falls[0]:.3f} to {falls[-1]:.3f} nats",
         all(b < a for a, b in itertools.pairwise(falls)),
     )
-
-
-def _entropy(study) -> None:
-    """Does entropy order test rows as cross-entropy does, where learning starts?"""
-    delta = merging.task_arithmetic(study.taus["standard"])
-    model, rows = study.move(delta, study.config.study.start), []
-    for task, name in enumerate(study.names):
-        logits = study.evaluator.logits_of(task)
-        found = [logits(model, b) for b in study.evaluator.rows(task, "test")]
-        found = jnp.concatenate(found)
-        labels = jnp.asarray(study.zoo.tasks[task].splits["test"]["label"])
-        cost = losses.softmax_cross_entropy(found, labels)
-        rows.append((name, metrics.spearman(losses.softmax_entropy(found), cost)))
-    mean = float(np.mean([value for _, value in rows]))
-    title = "Rank correlation of entropy and cross-entropy over test rows"
-    _table(study, title, ("task", "Spearman"), (*rows, ("mean", mean)), ".3f")
+    start = study.move(merging.task_arithmetic(taus), config.start)
+    rank = zoo.diagnostics.add_entropy(study, start)
     study.claim(
         "Entropy orders rows as cross-entropy does (rank correlation above 0.5)",
-        f"{mean:.2f}",
-        mean > 0.5,
+        f"{rank:.2f}",
+        rank > 0.5,
     )
-
-
-def _classes(study) -> None:
-    """Has entropy collapsed to one class? The largest share of one, per task."""
-    taus = study.taus["standard"]
-    trace = study.results["layer-wise"].details["trace"]
-    models = [
-        study.move(merging.task_arithmetic(taus), study.config.study.start),
-        study.move(_delta(taus, trace.variables)),
-    ]
-
-    def largest(classes):
-        return float(np.bincount(classes).max() / len(classes))
-
-    rows = []
-    for task, data in enumerate(study.zoo.tasks):
-        found = [largest(study.evaluator.predict(m, task, "test")) for m in models]
-        rows.append((data.name, largest(data.splits["test"]["label"]), *found))
-    title = "Share of the class that is predicted most often"
-    _table(study, title, ("task", "labels", "where it starts", "layer-wise"), rows)
+    learned = traces["layer-wise"].variables
+    ends = {"where it starts": start, "layer-wise": models["layer-wise"](learned)}
+    zoo.diagnostics.add_shares(study, ends)
+    title = "Coefficients (layer-wise)"
+    zoo.diagnostics.add_coefficients(study, title, _clipped(learned))
 
 
 def _changed(study) -> None:
@@ -286,19 +219,4 @@ def _changed(study) -> None:
         f"task arithmetic at {config.start:g}",
         "layer-wise, faster",
     )
-    _table(study, "Other tasks, and noise", columns, rows)
-
-
-def _coefficients(study) -> None:
-    """What was learned, by leaf and task."""
-    trace = study.results["layer-wise"].details["trace"]
-    table = np.stack([np.asarray(x) for x in jax.tree.leaves(trace.variables)])
-    study.report.add_figure(
-        "Coefficients (layer-wise)",
-        report.Heatmap(
-            rows=tree.paths(trace.variables),
-            columns=study.names,
-            values=np.clip(table, 0, 1).tolist(),
-            value_range=(0.0, 1.0),
-        ),
-    )
+    zoo.diagnostics.add_table(study, "Other tasks, and noise", columns, rows)

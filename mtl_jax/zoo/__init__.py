@@ -1,11 +1,13 @@
 """Families of experts from one base, cached, and the rows that merge them."""
 
+from mtl_jax.zoo import diagnostics
 from mtl_jax.zoo.clip import clip, require_weights, text_heads
 from mtl_jax.zoo.encoders import Encoder, class_means, minilm, small_vit
 from mtl_jax.zoo.evaluate import Evaluator
 from mtl_jax.zoo.experts import Settings, Zoo, logits_fn, open_zoo, trainable
 from mtl_jax.zoo.language import LanguageModel, open_gguf, smollm2
-from mtl_jax.zoo.material import Material, Trace, learn, stacks
+from mtl_jax.zoo.learning import Trace, coefficients, learn
+from mtl_jax.zoo.material import Material, stacks
 from mtl_jax.zoo.rows import (
     Fit,
     LearnedModel,
@@ -40,6 +42,8 @@ __all__ = [
     "baselines",
     "class_means",
     "clip",
+    "coefficients",
+    "diagnostics",
     "individual",
     "learn",
     "load_tasks",

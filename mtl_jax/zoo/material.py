@@ -1,8 +1,7 @@
 """What a merge that learns may look at: the model as functions, rows, frozen heads."""
 
-import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import chex
@@ -154,54 +153,6 @@ class Material:
 
     def _tasks(self, tasks: Sequence[int] | None) -> list[int]:
         return list(range(self.count) if tasks is None else tasks)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Trace:
-    """How learning went.
-
-    Attributes:
-      variables: what was learned.
-      losses: [S, T] float32, by step and task.
-      path: (steps done, variables) after every stack of batches.
-    """
-
-    variables: Any
-    losses: np.ndarray
-    path: tuple[tuple[int, Any], ...]
-
-
-def learn(
-    run: Callable[..., Any],
-    variables: Any,
-    batches: Iterable[Any],
-    tasks: Any,
-    args: Any,
-    bar: Any,
-) -> Trace:
-    """Feeds stacks of batches to a `merging.learner`, one compiled scan for each.
-
-    Args:
-      run: what `merging.learner` made.
-      variables: where it starts.
-      batches: stacks with leaves [S, T, ...].
-      tasks: leaves [T, ...], such as heads.
-      args: arrays for the functions of the learner.
-      bar: a task of `report.Progress`.
-
-    Raises:
-      ValueError: a loss that is not finite.
-    """
-    state, losses, path = None, [], []
-    for stack in batches:
-        found = run(variables, stack, tasks, args, state)
-        variables, state = found.variables, found.state
-        losses.append(np.asarray(found.losses))
-        if not np.isfinite(losses[-1]).all():
-            raise ValueError(f"learn: a loss is not finite after {bar.step} steps")
-        path.append((bar.step + len(losses[-1]), variables))
-        bar.advance(len(losses[-1]), loss=float(losses[-1].sum(1).mean()))
-    return Trace(variables=variables, losses=np.concatenate(losses), path=tuple(path))
 
 
 def stacks(
