@@ -210,7 +210,7 @@ def _range(options: Mapping[str, Any]) -> str:
     """Refuses probabilities of DELLA that leave (0, 1)."""
     pairs = zip(options["density"], options["epsilon"], strict=True)
     for density, epsilon in pairs:
-        inside = 0 < density - epsilon and density + epsilon < 1
+        inside = density - epsilon > 0 and density + epsilon < 1
         if 0 < density < 1 and epsilon and not inside:
             return (
                 f"options 'density' {density} and 'epsilon' {epsilon}, wanted "

@@ -1,0 +1,324 @@
+"""The passes over a chunk: jitted, one program per rule, number of models and dtype.
+
+A chunk is [M, C], the models side by side, padded with zeros to a size that all chunks
+of a merge share, so that a program is compiled once. Where there is a base it is the
+first row. Arithmetic is in float32; the result is cast once.
+
+Loops over models are written out: they fuse into one read of the chunk. Sums come back
+in lanes, for the host to add up in float64.
+"""
+
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+Select = Literal["all", "band", "coin", "rank", "chance"]
+LANES = 2048
+_MAGNITUDE = 0x7FFFFFFF
+
+
+def _rows(data: jax.Array) -> list[jax.Array]:
+    return [data[i].astype(jnp.float32) for i in range(data.shape[0])]
+
+
+def _deltas(data: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+    base, *rest = _rows(data)
+    return base, [x - base for x in rest]
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return bits & jnp.uint32(_MAGNITUDE)
+
+
+def _sum(parts: list[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.add, parts)
+
+
+def _lanes(x: jax.Array) -> jax.Array:
+    """Sums of a chunk, [lanes]."""
+    lanes = min(LANES, x.size)
+    while x.size % lanes:
+        lanes -= 1
+    return jnp.sum(x.reshape(-1, lanes), axis=0)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def combine(data: jax.Array, weights: jax.Array, *, dtype: Any) -> jax.Array:
+    """sum_i weights[i] x_i."""
+    rows = _rows(data)
+    return _sum([weights[i] * x for i, x in enumerate(rows)]).astype(dtype)
+
+
+@jax.jit
+def magnitudes(data: jax.Array) -> jax.Array:
+    """[T, C] uint32, bit patterns of the magnitudes of the task vectors."""
+    return jnp.stack([_bits(d) for d in _deltas(data)[1]])
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """A bijection of 32 bits in which every bit changes about half of the others."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def random_bits(key: jax.Array, start: jax.Array, length: int) -> jax.Array:
+    """Uniform uint32 that depend on the key and the index in the tensor alone.
+
+    Args:
+      key: uint32 [2].
+      start: uint32 [2], low and high half of the index of the first entry.
+      length: how many.
+    """
+    low = start[0] + jax.lax.iota(jnp.uint32, length)
+    high = start[1] + (low < start[0]).astype(jnp.uint32)
+    return _mix(_mix(low + key[0]) + key[1] + high * jnp.uint32(0x9E3779B9))
+
+
+def _banded(x: jax.Array, cuts: jax.Array, index: jax.Array) -> jax.Array:
+    """Reaches the cutoff (bits, limit) and does not reach the second."""
+    bits = _bits(x)
+    low = (bits > cuts[0]) | ((bits == cuts[0]) & (index < cuts[1]))
+    high = (bits > cuts[2]) | ((bits == cuts[2]) & (index < cuts[3]))
+    return low & ~high
+
+
+def _ranked(x: jax.Array, u: jax.Array, chance: Any, rows: Any, order: Any):
+    """Whether u lies below a probability that grows with the rank of |x| in its row.
+
+    Where u = low + (high - low) q / (n - 1), an entry is kept if its rank exceeds q;
+    that is, if it is not below the one of rank m = floor(q) + 1. Entries that equal it
+    and the one before share their ranks: a bit of u decides, which gives each of them
+    the probability of their mean rank.
+
+    Args:
+      x: [C].
+      u: uint32 [C].
+      chance: float32 [2], low and high.
+      rows: int32 [2, C], index of the first entry of the row, and its last rank.
+      order: uint32 [C], rows of 2 |x| in ascending order, odd where the one before
+        is equal.
+    """
+    first, last = rows
+    share = (u >> 8).astype(jnp.float32) * jnp.float32(2**-24)
+    low, high = chance[0], chance[1]
+    spread = jnp.where(high > low, high - low, 1)
+    q = (share - low) / spread * last.astype(jnp.float32)
+    step = jnp.clip(jnp.floor(q).astype(jnp.int32) + 1, 0, last)
+    edge = jnp.take(order, first + step, mode="clip")
+    own = _bits(x) << 1
+    reaches = (own >= edge) | ((own + 1 == edge) & ((u & 1) == 1))
+    # A row of one entry has no order.
+    inside = jnp.where(last > 0, reaches, share < (low + high) / 2)
+    return (share < low) | ((share < high) & inside)
+
+
+def _kept(select: Select, deltas: list[jax.Array], args: Any) -> list[jax.Array]:
+    """The task vectors where they are selected, zero elsewhere."""
+    if select == "all":
+        return deltas
+    length = deltas[0].size
+    index = jax.lax.iota(jnp.uint32, length)
+    found = []
+    for t, x in enumerate(deltas):
+        if select == "band":
+            keep = _banded(x, args["cuts"][:, t], index)
+        else:
+            u = random_bits(args["keys"][t], args["start"], length)
+            if select == "coin":
+                keep = (u < args["edges"][t]) | args["always"][t]
+            elif select == "rank":
+                order, chance = args["order"][t], args["chances"][t]
+                keep = _ranked(x, u, chance, args["rows"], order)
+            else:
+                share = (u >> 8).astype(jnp.float32) * jnp.float32(2**-24)
+                x = x / args["chance"][t]
+                keep = share < args["chance"][t]
+        found.append(jnp.where(keep, x, jnp.float32(0)))
+    return found
+
+
+@functools.partial(jax.jit, static_argnames=("select", "elect", "normalize", "dtype"))
+def arithmetic(
+    data: jax.Array,
+    weights: jax.Array,
+    scale: jax.Array,
+    args: Any,
+    *,
+    select: Select,
+    elect: bool,
+    normalize: bool,
+    dtype: Any,
+) -> jax.Array:
+    """Base + scale * sum_t weights[t] kept_t, with signs elected or not.
+
+    Args:
+      data: [1 + T, C].
+      weights: [2, T]; they multiply the values; and those of the divisor.
+      scale: scalar.
+      args: what the selection needs.
+      select: how entries are selected.
+      elect: keep only the sign of the sum, of which zero counts as positive.
+      normalize: divide by the weights of those that are left.
+      dtype: of the result.
+    """
+    base, deltas = _deltas(data)
+    values = [weights[0, t] * x for t, x in enumerate(_kept(select, deltas, args))]
+    total = _sum(values)
+    if elect:
+        total = _elected(values, total, weights[1], normalize)
+    return (base + scale * total).astype(dtype)
+
+
+def _elected(values, score, weights, normalize):
+    up = score >= 0
+    agree = [jnp.where(up, v > 0, v < 0) for v in values]
+    zero = jnp.float32(0)
+    total = _sum([jnp.where(a, v, zero) for a, v in zip(agree, values, strict=True)])
+    if not normalize:
+        return total
+    share = _sum([jnp.where(a, weights[t], zero) for t, a in enumerate(agree)])
+    return total / jnp.where(share == 0, jnp.float32(1), share)
+
+
+@functools.partial(jax.jit, static_argnames="select")
+def norms(data: jax.Array, args: Any, *, select: Select) -> jax.Array:
+    """[T, 2, lanes], sums of |tau| and of |tau| where it is selected."""
+    _, deltas = _deltas(data)
+    kept = _kept(select, deltas, args)
+    return jnp.stack(
+        [
+            jnp.stack([_lanes(jnp.abs(d)), _lanes(jnp.abs(k))])
+            for d, k in zip(deltas, kept, strict=True)
+        ]
+    )
+
+
+@functools.partial(jax.jit, static_argnames="based")
+def gram(data: jax.Array, *, based: bool) -> jax.Array:
+    """[pairs, lanes], inner products of the first row and the differences to it.
+
+    Differences of models that are near each other are exact, and from them angles come
+    out to full precision. Pairs (i, j), i <= j, in row-major order.
+
+    Args:
+      data: [M, C].
+      based: leave out the first row itself, of which only differences count.
+    """
+    first, rest = _deltas(data)
+    rows = rest if based else [first, *rest]
+    return jnp.stack(
+        [
+            _lanes(rows[i] * rows[j])
+            for i in range(len(rows))
+            for j in range(i, len(rows))
+        ]
+    )
+
+
+def _variance(deltas: list[jax.Array]) -> jax.Array:
+    """Over models; exactly zero where they are equal."""
+    count = jnp.float32(len(deltas))
+    mean = _sum(deltas) / count
+    square = _sum([jnp.square(d - mean) for d in deltas]) / count
+    equal = functools.reduce(jnp.logical_and, [d == deltas[0] for d in deltas])
+    return jnp.where(equal, jnp.float32(0), square)
+
+
+@jax.jit
+def variances(data: jax.Array) -> jax.Array:
+    """[1, C] uint32, bit patterns of the variance over models."""
+    return _bits(_variance(_deltas(data)[1]))[None]
+
+
+def _chosen(deltas: list[jax.Array], cut: jax.Array | None) -> list[jax.Array]:
+    if cut is None:
+        return deltas
+    bits = _bits(_variance(deltas))
+    index = jax.lax.iota(jnp.uint32, bits.size)
+    keep = (bits > cut[0]) | ((bits == cut[0]) & (index < cut[1]))
+    keep &= bits > 0
+    return [jnp.where(keep, d, jnp.float32(0)) for d in deltas]
+
+
+@jax.jit
+def squares(data: jax.Array, cut: jax.Array | None) -> jax.Array:
+    """[T, lanes], sums of squares where the variance reaches the cutoff."""
+    deltas = _chosen(_deltas(data)[1], cut)
+    return jnp.stack([_lanes(jnp.square(d)) for d in deltas])
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def sce(
+    data: jax.Array, weights: jax.Array, cut: jax.Array | None, *, dtype: Any
+) -> jax.Array:
+    """Base + mean of the chosen task vectors that have the sign of their sum."""
+    base, deltas = _deltas(data)
+    deltas = _chosen(deltas, cut)
+    up = _sum(deltas) >= 0
+    zero = jnp.float32(0)
+    agree = [jnp.where(up, d > 0, d < 0) for d in deltas]
+    shares = [jnp.where(a, weights[t], zero) for t, a in enumerate(agree)]
+    total = _sum([s * d for s, d in zip(shares, deltas, strict=True)])
+    return (base + total / jnp.maximum(_sum(shares), jnp.float32(1e-6))).astype(dtype)
+
+
+def _changed(deltas: list[jax.Array], epsilon: jax.Array):
+    moved = [jnp.abs(d) > epsilon for d in deltas]
+    return moved, _sum([m.astype(jnp.float32) for m in moved])
+
+
+@jax.jit
+def overlaps(data: jax.Array, epsilon: jax.Array) -> jax.Array:
+    """[T, 2, lanes], how many changed entries others changed too, and none else."""
+    moved, count = _changed(_deltas(data)[1], epsilon)
+    shared = [m & (count > 1) for m in moved]
+    unique = [m & (count == 1) for m in moved]
+    return jnp.stack(
+        [
+            jnp.stack([_lanes(m.astype(jnp.float32)) for m in pair])
+            for pair in zip(shared, unique, strict=True)
+        ]
+    )
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def ram(
+    data: jax.Array, boost: jax.Array, epsilon: jax.Array, *, dtype: Any
+) -> jax.Array:
+    """Base + mean over the models that changed an entry; boosted where it is one."""
+    base, deltas = _deltas(data)
+    moved, count = _changed(deltas, epsilon)
+    single, zero = count == 1, jnp.float32(0)
+    total = _sum(
+        [
+            jnp.where(m, jnp.where(single, boost[t], jnp.float32(1)) * d, zero)
+            for t, (m, d) in enumerate(zip(moved, deltas, strict=True))
+        ]
+    )
+    return (base + total / jnp.maximum(count, jnp.float32(1))).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def magmax(
+    data: jax.Array, weights: jax.Array, scale: jax.Array, *, dtype: Any
+) -> jax.Array:
+    """Base + the largest of the weighted task vectors, entry by entry."""
+    base, deltas = _deltas(data)
+
+    def larger(best, value):
+        return jnp.where(jnp.abs(value) >= jnp.abs(best), value, best)
+
+    best = functools.reduce(larger, [weights[t] * d for t, d in enumerate(deltas)])
+    return (base + scale * best).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def nearswap(data: jax.Array, t: jax.Array, *, dtype: Any) -> jax.Array:
+    """From the base to the other model by min(1, t / |difference|)."""
+    base, (delta,) = _deltas(data)
+    share = jnp.minimum(t / jnp.maximum(jnp.abs(delta), jnp.float32(1e-6)), 1)
+    return (base + share * delta).astype(dtype)

@@ -1,0 +1,180 @@
+"""Chunks of one tensor of all models, side by side in a buffer that is used again."""
+
+import gc
+import math
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from mtl_jax.checkpoints.rules import Job
+
+_CARRIERS = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32))
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_SIGNED = {2: np.int16, 4: np.int32}
+_INFINITY = {
+    np.dtype(ml_dtypes.bfloat16): 0x7F80,
+    np.dtype(np.float16): 0x7C00,
+    np.dtype(np.float32): 0x7F800000,
+}
+_ALIGN = 64  # Arrays that start at multiples of it are passed without a copy.
+_FLOAT32 = np.dtype(np.float32)
+
+
+class Chunk(NamedTuple):
+    """Part of a tensor.
+
+    Attributes:
+      number: of the chunk in its tensor.
+      start: index of its first entry.
+      length: how many entries.
+      data: [M, C], of which [:, :length] are entries and the rest is zero. It is
+        overwritten by the next chunk.
+    """
+
+    number: int
+    start: int
+    length: int
+    data: np.ndarray
+
+
+class Buffers(threading.local):
+    """Aligned arrays, one for every shape and thread."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[Any, np.ndarray] = {}
+
+    def get(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """An array that this thread had before, or a new one."""
+        key = (name, shape, dtype)
+        if key not in self._arrays:
+            # Of every kind only the last shape is kept.
+            for other in [k for k in self._arrays if k[0] == name]:
+                del self._arrays[other]
+            self._arrays[key] = aligned(shape, dtype)
+        return self._arrays[key]
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array of zeros that programs take without copying."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.zeros(size + _ALIGN, np.uint8)
+    offset = -raw.ctypes.data % _ALIGN
+    return raw[offset : offset + size].view(dtype).reshape(shape)
+
+
+def finite(values: np.ndarray) -> bool:
+    """Whether there is no NaN or infinity, by two reductions of integers."""
+    if not values.size:
+        return True
+    infinity = _INFINITY.get(values.dtype)
+    if infinity is None:
+        return bool(np.isfinite(values.astype(np.float64)).all())
+    size = values.dtype.itemsize
+    sign = 1 << (8 * size - 1)
+    # As signed integers positive numbers are largest, as unsigned ones negative.
+    return bool(
+        values.view(_SIGNED[size]).max() < infinity
+        and values.view(_UNSIGNED[size]).max() < infinity | sign
+    )
+
+
+class Stream:
+    """The tensors of one job, read in chunks as often as a rule needs.
+
+    Attributes:
+      job: what is read.
+      dtype: of the chunks: that of the tensors, or float32 where they differ.
+      size: number of entries.
+    """
+
+    def __init__(self, job: Job, buffers: Buffers, chunk: int, check_finite: bool):
+        self.job = job
+        self.size = job.size
+        self._buffers, self._chunk = buffers, chunk
+        self._unchecked = check_finite
+        dtypes = {np.dtype(view.spec.dtype) for view in job.views}
+        one = next(iter(dtypes))
+        self.dtype = one if len(dtypes) == 1 and one in _CARRIERS else _FLOAT32
+
+    @property
+    def row(self) -> int:
+        """Length of the last axis; a vector is one row."""
+        shape = self.job.spec.shape
+        return shape[-1] if shape else 1
+
+    def bounds(self, *, rows: bool = False) -> tuple[int, int]:
+        """Entries per chunk, and the size that chunks are padded to."""
+        if not rows:
+            return self._chunk, self._chunk
+        if self.row <= self._chunk:
+            return self._chunk // self.row * self.row, self._chunk
+        return self.row, 1 << (self.row - 1).bit_length()
+
+    def chunks(self, *, rows: bool = False) -> Iterator[Chunk]:
+        """Reads the tensor once.
+
+        Args:
+          rows: a chunk holds whole rows.
+
+        Raises:
+          ValueError: an entry is not finite, in the first pass where that is checked.
+        """
+        step, padded = self.bounds(rows=rows)
+        shape = (len(self.job.views), padded)
+        data = self._buffers.get("chunk", shape, self.dtype)
+        unchecked, self._unchecked = self._unchecked, False
+        for number, start in enumerate(range(0, self.size, step)):
+            length = min(step, self.size - start)
+            for index, view in enumerate(self.job.views):
+                part = view.flat(start, start + length)
+                _copy(data[index, :length], part)
+                if unchecked and not finite(data[index, :length]):
+                    raise ValueError(
+                        f"{self.job.rule}: {self.job.name!r}: NaN or infinity in "
+                        f"{self.job.model(index)}"
+                    )
+            data[:, length:].view(np.uint8)[...] = 0
+            yield Chunk(number, start, length, data)
+
+    def sample(self, step: int) -> np.ndarray:
+        """Every so many entries, float32 [M, n].
+
+        The step is changed a little so that it visits all columns of a matrix.
+        """
+        while step > 1 and math.gcd(step, max(self.row, 1)) > 1:
+            step += 1
+        found, offset = [], 0
+        for start in range(0, self.size, self._chunk):
+            stop = min(start + self._chunk, self.size)
+            if offset < stop - start:
+                found.append(
+                    np.stack(
+                        [
+                            np.asarray(view.flat(start, stop))[offset::step].astype(
+                                np.float32
+                            )
+                            for view in self.job.views
+                        ]
+                    )
+                )
+            offset = (offset - (stop - start)) % step
+        if not found:
+            return np.zeros((len(self.job.views), 0), np.float32)
+        return np.concatenate(found, axis=1)
+
+
+def _copy(out: np.ndarray, part: np.ndarray) -> None:
+    part = np.asarray(part)
+    if part.dtype == out.dtype:
+        kind = _UNSIGNED[out.dtype.itemsize]
+        out.view(kind)[...] = part.view(kind)
+    else:
+        out[...] = part.astype(np.float32)
+
+
+def release() -> None:
+    """Gives back what whole tensors occupied."""
+    gc.collect()

@@ -1,0 +1,254 @@
+"""Exact k-th largest magnitudes of tensors that are read in chunks, without sorting.
+
+A sample brackets the k-th largest value; one pass counts what lies above the bracket
+and collects the few entries inside it; among those the value is found exactly. Entries
+that equal it are kept in the order of their indices until there are k. Should the
+sample mislead, a histogram of the upper bits gives a bracket that cannot.
+
+Values are bit patterns of magnitudes, uint32 below 2^31. Zeros are never looked at: to
+all callers a zero that is kept and one that is dropped are the same.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mtl_jax.checkpoints._stream import Chunk, Stream
+
+ALL = 0xFFFFFFFF
+_TOP = 1 << 31
+_SAMPLES = 1 << 14
+_MANY = 1 << 20
+_SIGMAS = 4.5
+_SHIFT = 15
+
+Lanes = Callable[[Chunk], np.ndarray]
+Sampled = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclasses.dataclass
+class Cut:
+    """The k largest of one tensor: above `bits`, or among the first equals of it.
+
+    Attributes:
+      bits: pattern of the smallest one kept, above all where none is.
+      need: how many equals are kept; None for all of them.
+      equals: how many there are, chunk by chunk.
+    """
+
+    bits: int
+    need: int | None = None
+    equals: Sequence[int] = ()
+
+    def limit(self, number: int, row: Callable[[], np.ndarray]) -> int:
+        """Index in a chunk before which equals are kept.
+
+        Args:
+          number: of the chunk.
+          row: computes the values of the chunk.
+        """
+        if self.need is None:
+            return ALL
+        rest = self.need - sum(self.equals[:number])
+        if rest <= 0:
+            return 0
+        if rest >= self.equals[number]:
+            return ALL
+        return int(np.flatnonzero(row() == np.uint32(self.bits))[rest - 1]) + 1
+
+
+class Bracket(NamedTuple):
+    """Values from `low` to below `high`."""
+
+    low: int
+    high: int
+
+
+class _Inside(NamedTuple):
+    """Values of a chunk that lie in the bracket; how often, if not once each."""
+
+    values: np.ndarray
+    counts: np.ndarray | None
+
+    def equal(self, bits: int) -> int:
+        hit = self.values == np.uint32(bits)
+        if self.counts is None:
+            return int(np.count_nonzero(hit))
+        return int(self.counts[hit].sum())
+
+
+@dataclasses.dataclass
+class Tally:
+    """What one pass over a tensor says about one bracket."""
+
+    above: int = 0
+    inside: list[_Inside] = dataclasses.field(default_factory=list)
+
+    def add(self, row: np.ndarray, bracket: Bracket) -> None:
+        """Counts and collects a chunk."""
+        low, width = np.uint32(bracket.low), np.uint32(bracket.high - bracket.low)
+        values = row[(row - low) < width]
+        if bracket.high < _TOP:
+            self.above += int(np.count_nonzero(row >= np.uint32(bracket.high)))
+        if values.size > row.size // 8:
+            self.inside.append(_Inside(*np.unique(values, return_counts=True)))
+        else:
+            self.inside.append(_Inside(values, None))
+
+
+def brackets(sample: np.ndarray, total: int, wanted: Sequence[int]) -> list[Bracket]:
+    """Where the k-th largest of `total` values very likely lies.
+
+    Args:
+      sample: uint32 [n].
+      total: number of values sampled from.
+      wanted: the k's.
+    """
+    sample = np.sort(sample)[::-1]
+    found = []
+    for k in wanted:
+        share = k / max(total, 1)
+        place = share * sample.size
+        room = _SIGMAS * math.sqrt(max(sample.size * share * (1 - share), 0)) + 4
+        first, last = math.floor(place - room), math.ceil(place + room)
+        high = int(sample[first]) + 1 if 0 <= first < sample.size else _TOP
+        low = int(sample[last]) if 0 <= last < sample.size else 1
+        found.append(Bracket(min(max(low, 1), high), high))
+    return found
+
+
+def sample_step(total: int) -> int:
+    """Every how many entries of `total` to look at, to place brackets."""
+    return max(1, total // min(_MANY, max(_SAMPLES, total >> 7)))
+
+
+def tally(
+    stream: Stream, lanes: Lanes, wanted: Sequence[Sequence[Bracket]]
+) -> list[list[Tally]]:
+    """One pass over a tensor, for all lanes and all brackets of each."""
+    found = [[Tally() for _ in lane] for lane in wanted]
+    for chunk in stream.chunks():
+        values = lanes(chunk)
+        for row, lane, tallies in zip(values, wanted, found, strict=True):
+            for bracket, one in zip(lane, tallies, strict=True):
+                one.add(row[: chunk.length], bracket)
+    return found
+
+
+def _kth(tallies: Sequence[Tally], k: int, low: int) -> tuple[int, int] | None:
+    """The k-th largest value, and how many larger ones there are; None: not inside.
+
+    Past the smallest value of a bracket that begins at 1 come zeros.
+    """
+    rest = k - sum(t.above for t in tallies)
+    parts = [part for t in tallies for part in t.inside]
+    if rest <= 0:
+        return None
+    values = np.concatenate([p.values for p in parts] or [np.zeros(0, np.uint32)])
+    if all(p.counts is None for p in parts):
+        if rest <= values.size:
+            place = values.size - rest
+            bits = int(np.partition(values, place)[place])
+            return bits, k - rest + int(np.count_nonzero(values > np.uint32(bits)))
+    else:
+        counts = np.concatenate(
+            [
+                np.ones(p.values.size, int) if p.counts is None else p.counts
+                for p in parts
+            ]
+        )
+        order = np.argsort(values)[::-1]
+        cumulative = np.cumsum(counts[order])
+        if cumulative.size and rest <= cumulative[-1]:
+            bits = int(values[order[np.searchsorted(cumulative, rest)]])
+            larger = int(counts[values > np.uint32(bits)].sum())
+            return bits, k - rest + larger
+    return (0, 0) if low <= 1 else None
+
+
+def solve(tallies: Sequence[Tally], k: int, bracket: Bracket) -> list[Cut] | None:
+    """The cut of each tensor that together keep the k largest; None: wrong bracket."""
+    found = _kth(tallies, k, bracket.low)
+    if found is None:
+        return None
+    bits, larger = found
+    if bits == 0:
+        return [Cut(0) for _ in tallies]
+    equals = [[part.equal(bits) for part in t.inside] for t in tallies]
+    need, cuts = k - larger, []
+    for one in equals:
+        total = sum(one)
+        cuts.append(Cut(bits, None if need >= total else max(need, 0), one))
+        need -= total
+    return cuts
+
+
+def _coarse(
+    streams: Sequence[Stream], lanes: Sequence[Lanes], lane: int, k: int
+) -> Bracket:
+    """A bracket that surely holds the k-th largest, by a histogram of upper bits."""
+    counts = np.zeros(_TOP >> _SHIFT, np.int64)
+    for stream, values in zip(streams, lanes, strict=True):
+        for chunk in stream.chunks():
+            row = values(chunk)[lane][: chunk.length]
+            counts += np.bincount(row >> np.uint32(_SHIFT), minlength=counts.size)
+    above = np.cumsum(counts[::-1])
+    place = counts.size - 1 - int(np.searchsorted(above, k))
+    return Bracket(max(place << _SHIFT, 1), (place + 1) << _SHIFT)
+
+
+def select(
+    streams: Sequence[Stream],
+    lanes: Sequence[Lanes],
+    sampled: Sampled,
+    wanted: Sequence[Sequence[int]],
+    run: Callable[..., Sequence[list[list[Tally]]]] | None = None,
+) -> list[list[list[Cut]]]:
+    """Cuts that keep the k largest of tensors taken as one vector.
+
+    Args:
+      streams: the tensors.
+      lanes: for each of them, the values of a chunk, uint32 [L, C]; one lane per model
+        or statistic.
+      sampled: the same for float32 values [M, n] of a sample.
+      wanted: per lane the k's, from 0 to the number of entries.
+      run: maps a function over streams and lanes, in order.
+
+    Returns:
+      For each tensor, lane and k a `Cut`.
+    """
+    total = sum(stream.size for stream in streams)
+    step = sample_step(total)
+    sample = np.concatenate([sampled(s.sample(step)) for s in streams], axis=1)
+    guess = [brackets(row, total, ks) for row, ks in zip(sample, wanted, strict=True)]
+    mapped = run or map
+    tallies = list(mapped(lambda s, v: tally(s, v, guess), streams, lanes))
+    cuts: list[list[list[Cut]]] = [[[] for _ in wanted] for _ in streams]
+    for i, ks in enumerate(wanted):
+        for j, k in enumerate(ks):
+            found = _one(streams, lanes, tallies, i, j, k, guess[i][j], total)
+            for n, cut in enumerate(found):
+                cuts[n][i].append(cut)
+    return cuts
+
+
+def _one(streams, lanes, tallies, i, j, k, bracket, total) -> list[Cut]:
+    """The cuts of one lane and one k."""
+    if k <= 0:
+        return [Cut(ALL) for _ in streams]
+    if k >= total:
+        return [Cut(0) for _ in streams]
+    found = solve([t[i][j] for t in tallies], k, bracket)
+    if found is None:
+        bracket = _coarse(streams, lanes, i, k)
+        again = []
+        for stream, values in zip(streams, lanes, strict=True):
+            one = Tally()
+            for chunk in stream.chunks():
+                one.add(values(chunk)[i][: chunk.length], bracket)
+            again.append(one)
+        found = solve(again, k, bracket) or []
+    return found
