@@ -184,7 +184,8 @@ def parse(text: str, file: str) -> Cursor:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{file}{line}: not YAML: {error.problem}") from error
+        said = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ValueError(f"{file}{line}: not YAML: {said}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{file}: not YAML: {error}") from error
     except ValueError as error:
