@@ -14,6 +14,7 @@ import jax.core
 import jax.numpy as jnp
 
 from mtl_jax import _wide
+from mtl_jax._apart import apart
 from mtl_jax._cutoff import Cutoff, index, magnitude_bits
 from mtl_jax._wide import Wide
 
@@ -62,7 +63,8 @@ def bisect(leaves: list[jax.Array], k: Wide, lines: Lines) -> Edge:
 
     def count(test: Callable[..., jax.Array], v):
         found = [
-            _count(test(magnitude_bits(x), _spread(v, x, rows)), rows) for x in leaves
+            _count(test(magnitude_bits(x), _spread(apart(i, v), x, rows)), rows)
+            for i, x in enumerate(leaves)
         ]
         return functools.reduce(_wide.add, found)
 
@@ -225,9 +227,18 @@ def cutoff_of(
     full = jnp.full_like(edge.bits, _ALL)
     large = bool(_wide.split(x.shape, _axes(x, rows))[0])
 
+    def by_search():
+        return _search(x, edge, rows)
+
+    # Slices of the flat leaf would gather one that is sharded, which on the CPU takes
+    # several devices; a program for other platforms may be for more than are here.
+    flat = not (rows or large or jax.device_count() > 1)
+    by_slices = functools.partial(_scan, x, edge) if flat else by_search
+
     def split():
-        whole = rows or large or jax.device_count() > 1
-        place, block, equal = _search(x, edge, rows) if whole else _scan(x, edge)
+        place, block, equal = jax.lax.platform_dependent(
+            cpu=by_slices, default=by_search
+        )
         part = _wide.less(edge.need, equal)
         limits = [
             None if p is None else jnp.where(part, p, full) for p in (place, block)

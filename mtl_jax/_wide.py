@@ -67,16 +67,23 @@ def _carry(high: jax.Array, low: jax.Array) -> Wide:
     return Wide(high + (low >> _HALF), low & jnp.uint32(_MASK))
 
 
-def split(shape: Sequence[int], axes: Sequence[int]) -> tuple[list[int], list[int]]:
+def split(
+    shape: Sequence[int], axes: Sequence[int], *, span: int | None = None
+) -> tuple[list[int], list[int]]:
     """Divides ascending axes in two, so that 32 bits count the entries of the second.
+
+    Args:
+      shape: of an array.
+      axes: some of its axes.
+      span: how many entries the second part may have; 2^32 - 1 by default.
 
     Raises:
       ValueError: the last axis alone has more than 2^32 - 1 entries, or the first part
         more than 2^16.
     """
-    axes = list(axes)
+    axes, span = list(axes), SPAN if span is None else span
     inner = len(axes)
-    while inner and math.prod(shape[a] for a in axes[inner - 1 :]) <= SPAN:
+    while inner and math.prod(shape[a] for a in axes[inner - 1 :]) <= span:
         inner -= 1
     outer = math.prod(shape[a] for a in axes[:inner])
     if axes and (inner == len(axes) or outer > _MASK):

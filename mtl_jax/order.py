@@ -19,6 +19,7 @@ import jax.core
 import jax.numpy as jnp
 
 from mtl_jax import _selection, _wide
+from mtl_jax._apart import apart
 from mtl_jax._cutoff import Cutoff, magnitude_bits, reaches
 from mtl_jax._wide import Wide
 
@@ -66,10 +67,11 @@ def _tree_cutoffs(tree: Any, k: Any, lines: _selection.Lines, zero_ties: bool) -
     else:
         edge = (radix if jax.default_backend() == "cpu" else bisect)(filled, k)
     cutoffs = []
-    for x in leaves:
+    for i, x in enumerate(leaves):
         cutoff = none
         if x.size:
-            cutoff, need = _selection.cutoff_of(x, edge, lines, zero_ties)
+            own = apart(i, edge)
+            cutoff, need = _selection.cutoff_of(x, own, lines, zero_ties)
             edge = edge._replace(need=need)
         cutoffs.append(cutoff)
     return treedef.unflatten(cutoffs)

@@ -14,6 +14,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from mtl_jax._apart import apart
 from mtl_jax._checks import (
     check_finite,
     check_match,
@@ -165,6 +166,12 @@ def wide_dtype(dtype: Any) -> Any:
     return jnp.dtype(jnp.float32) if narrow else jnp.dtype(dtype)
 
 
+def _own(values):
+    """Small leaves, each kept apart from those that equal it."""
+    leaves, treedef = jax.tree.flatten(values)
+    return treedef.unflatten([apart(i, leaf) for i, leaf in enumerate(leaves)])
+
+
 @jax.jit
 def _add_scaled(base, delta, scale):
     def leaf(b, d, s):
@@ -174,7 +181,7 @@ def _add_scaled(base, delta, scale):
         moved = b.astype(wide) + s.astype(wide) * d.astype(wide)
         return moved.astype(b.dtype)
 
-    return jax.tree.map(leaf, base, delta, scale)
+    return jax.tree.map(leaf, base, delta, _own(scale))
 
 
 def add_scaled(base: Any, delta: Any, scale: Any = 1.0) -> Any:
@@ -226,7 +233,7 @@ def _combine(tree, weights):
             return x[0]
         return weighted_sum(x, w.astype(wide_dtype(x.dtype))).astype(x.dtype)
 
-    return jax.tree.map(leaf, tree, weights)
+    return jax.tree.map(leaf, tree, _own(weights))
 
 
 def combine(tree: Any, weights: Any) -> Any:

@@ -21,6 +21,7 @@ EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.py"))
 ORDER = (
     {
         "_checks",
+        "_apart",
         "_contractions",
         "_cutoff",
         "_selection",
@@ -44,6 +45,7 @@ ORDER = (
 )
 PURE = {
     "_checks",
+    "_apart",
     "_contractions",
     "_cutoff",
     "_selection",

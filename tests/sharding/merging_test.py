@@ -29,11 +29,14 @@ METHODS = {
 
 @pytest.fixture
 def taus():
-    keys = jax.random.split(jax.random.key(0), 2)
+    keys = jax.random.split(jax.random.key(0), 3)
     # Halves, so that magnitudes tie and the cutoff has to break ties across shards.
     return {
         "kernel": jnp.round(4 * jax.random.normal(keys[0], (3, 32, 24))) / 2,
         "bias": jax.random.normal(keys[1], (3, 16)),
+        # The shape of the kernel, split the other way round: what is equal for both,
+        # such as a scalar spread over them, must not be shared.
+        "out": jax.random.normal(keys[2], (3, 32, 24)),
     }
 
 
@@ -45,6 +48,7 @@ def test_sharded_equals_unsharded_without_gathering_a_leaf(name, taus):
     spec = {
         "kernel": PartitionSpec(None, "data", last),
         "bias": PartitionSpec(None, last),
+        "out": PartitionSpec(None, "model", last and "data"),
     }
     placed = jax.tree.map(
         lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), taus, spec

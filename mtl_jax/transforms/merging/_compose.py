@@ -18,7 +18,8 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
-from mtl_jax import tree
+from mtl_jax import _wide, tree
+from mtl_jax._apart import apart
 from mtl_jax._checks import number as number
 from mtl_jax._checks import share as share
 
@@ -260,8 +261,10 @@ def _balance(
 ) -> tuple[jax.Array, jax.Array]:
     """Positive minus negative elected signs of a leaf, as high and low 16 bits."""
     sign = jnp.sign(_score(_kept(x, select, weights), elect)).astype(jnp.int32)
-    net = jnp.sum(sign, dtype=jnp.int32)
-    return net >> 16, net & 0xFFFF
+    _, inner = _wide.split(sign.shape, range(sign.ndim), span=(1 << 31) - 1)
+    net = jnp.sum(sign, axis=tuple(inner), dtype=jnp.int32, keepdims=True)
+    high, low = jnp.sum(net >> 16), jnp.sum(net & 0xFFFF, dtype=jnp.uint32)
+    return high + (low >> 16).astype(jnp.int32), (low & 0xFFFF).astype(jnp.int32)
 
 
 def _majority(parts: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
@@ -342,8 +345,10 @@ def merge(
     )
     return treedef.unflatten(
         [
-            x[0] if s is None else _merge_leaf(x, s, weights, majority, elect, reduce)
-            for x, s in zip(leaves, selectors, strict=True)
+            x[0]
+            if s is None
+            else _merge_leaf(x, s, *apart(i, (weights, majority)), elect, reduce)
+            for i, (x, s) in enumerate(zip(leaves, selectors, strict=True))
         ]
     )
 
@@ -362,8 +367,10 @@ def survivors(
     )
     return treedef.unflatten(
         [
-            x if s is None else _select_leaf(x, s, weights, majority, elect)
-            for x, s in zip(leaves, selectors, strict=True)
+            x
+            if s is None
+            else _select_leaf(x, s, *apart(i, (weights, majority)), elect)
+            for i, (x, s) in enumerate(zip(leaves, selectors, strict=True))
         ]
     )
 
@@ -380,8 +387,8 @@ def _prepare(taus, selectors, weights, elect, zero_sign):
     majority = jnp.zeros(())
     if elect != "none" and zero_sign == "majority":
         parts = [
-            _balance(x, s, weights, elect)
-            for x, s in zip(leaves, selectors, strict=True)
+            _balance(x, s, apart(i, weights), elect)
+            for i, (x, s) in enumerate(zip(leaves, selectors, strict=True))
             if s is not None
         ]
         majority = _majority(parts) if parts else majority
