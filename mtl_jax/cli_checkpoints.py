@@ -38,6 +38,41 @@ def _add_writing(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_merge(add: Callable[..., argparse.ArgumentParser]) -> None:
+    command = add(
+        "merge",
+        "merge checkpoints as a recipe says, or resume where it stopped",
+        """\
+        mtl-jax merge ties.yaml merged/
+        mtl-jax merge ties.yaml merged/ --dry-run
+        mtl-jax merge mergekit.yaml merged/ --dtype bfloat16 --shard-size 2GB""",
+    )
+    command.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        help="YAML of mergekit, or with rules of ours; models are local folders, "
+        "looked for here and beside the recipe",
+    )
+    command.add_argument("out", metavar="OUT", help="folder to make")
+    command.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of rules that draw"
+    )
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the output (default: as the recipe says, else as the models are)",
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="verify everything, and write nothing"
+    )
+    command.add_argument(
+        "--no-check-finite",
+        action="store_true",
+        help="let NaN and infinities through, which are refused otherwise",
+    )
+    _add_writing(command)
+
+
 def _add_diff(add: Callable[..., argparse.ArgumentParser]) -> None:
     command = add(
         "diff",
@@ -159,6 +194,7 @@ def _add_extract(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Adds the commands on checkpoint folders to a parser."""
+    _add_merge(add)
     _add_diff(add)
     _add_compress(add)
     _add_extract(add)
@@ -183,6 +219,36 @@ def _print_table(table) -> None:
     page = report.Report("", environment={})
     page.add_table(table)
     page.print()
+
+
+def _mebibytes(done: int, total: int) -> tuple[int, int]:
+    """For a bar: full at the end, and not before."""
+    most = max(total >> 20, 1)
+    return (most if done == total else min(done >> 20, most - 1)), most
+
+
+def _merge(args: argparse.Namespace) -> int:
+    host.use_cpu_if_alone()
+    from mtl_jax.checkpoints import merge
+
+    plan = merge.make_plan(args.recipe, dtype=args.dtype)
+    _print_table(merge.plan_table(plan))
+    if args.dry_run:
+        return 0
+    host.keep_compiled_programs()
+    sys.stdout.flush()
+    with _steps("merge", "MiB written") as task:
+        done = merge.merge(
+            plan,
+            args.out,
+            seed=args.seed,
+            shard_bytes=args.shard_size,
+            overwrite=args.overwrite,
+            check_finite=not args.no_check_finite,
+            progress=lambda done, total: task(*_mebibytes(done, total)),
+        )
+    _print_table(done.table())
+    return 0
 
 
 def _diff(args: argparse.Namespace) -> int:
@@ -289,4 +355,9 @@ def _extract(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"diff": _diff, "compress": _compress, "extract": _extract}
+COMMANDS = {
+    "merge": _merge,
+    "diff": _diff,
+    "compress": _compress,
+    "extract": _extract,
+}
