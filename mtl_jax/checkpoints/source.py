@@ -252,18 +252,22 @@ def _open_other(path, names):
 
 
 def _of_files(path, files, config):
-    views = {
-        name: FileView(file, name)
-        for file in files.values()
-        for name in sorted(file, key=file.offset)
-    }
     return Source(
         path,
-        views,
+        views_of(files),
         config=config,
         fingerprint=fingerprint(files),
         side_files=_side_files(path) if path.is_dir() else {},
     )
+
+
+def views_of(files: Mapping[str, safetensors.SafetensorsFile]) -> dict[str, FileView]:
+    """Tensor -> view, in the order in which they lie in the files."""
+    return {
+        name: FileView(file, name)
+        for file in files.values()
+        for name in sorted(file, key=file.offset)
+    }
 
 
 def fingerprint(files: Mapping[str, safetensors.SafetensorsFile], *more: Any) -> str:
