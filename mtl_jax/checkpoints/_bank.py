@@ -79,11 +79,15 @@ class Entry:
             dtypes=tuple(None if s is None else str(s.dtype) for s in specs),
         )
 
-    def spec(self, task: int) -> TensorSpec | None:
-        """Of one task's tensor; None where it has none."""
+    def has(self, task: int) -> bool:
+        """Whether a task has the tensor."""
+        return self.shapes[task] is not None
+
+    def spec(self, task: int) -> TensorSpec:
+        """Of one task's tensor, where it has one."""
         shape, dtype = self.shapes[task], self.dtypes[task]
         if shape is None or dtype is None:
-            return None
+            raise KeyError(task)
         return TensorSpec(shape, jnp.dtype(dtype))
 
 

@@ -109,8 +109,10 @@ class AdapterPacker:
         sides = math.prod(a[0].shape[1:]), b[0].shape[0]
         rank, tasks = max(spec.shape[0] for spec in a), len(a)
         p = min(self._method.basis, rank, tasks - 1)
-        widest = max((s.dtype for s in (*a, *b)), key=lambda d: d.itemsize)
-        return sides, rank, tasks, p, self._method.dtype or widest
+        dtype = self._method.dtype
+        if dtype is None:
+            dtype = _bank_methods.widest(spec.dtype for spec in (*a, *b))
+        return sides, rank, tasks, p, dtype
 
     def store(self, name: str, put: _bank_methods.Put) -> _bank_methods.Errors:
         """Fills the parts of one tensor, or of the pair of which it is the first.
@@ -173,7 +175,7 @@ def restored_adapter(
 
     A rank below that of the bank is cut out of it: the others are padded in the bank.
     """
-    names = [n for n, entry in bank.entries.items() if entry.spec(task) is not None]
+    names = [n for n, entry in bank.entries.items() if entry.has(task)]
     for name in names:
         if bank.entries[name].how == OWN:
             yield name, tensors[_bank.key(OWN, task, name)].whole()

@@ -9,7 +9,7 @@ so that a handful of compiled programs serves every tensor.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -29,6 +29,7 @@ __all__ = [
     "Tall",
     "blocks",
     "check_finite",
+    "widest",
 ]
 
 Put = Callable[[str, int, np.ndarray], None]
@@ -94,7 +95,11 @@ class Method(Protocol):
         ...
 
     def compress(
-        self, base: TensorView, experts: Sequence[TensorView], put: Put
+        self,
+        base: TensorView,
+        experts: Sequence[TensorView],
+        parts: Mapping[str, TensorSpec],
+        put: Put,
     ) -> Errors:
         """Fills the parts by `put(part, start, flat values)`, reading the base once.
 
@@ -112,6 +117,11 @@ class Method(Protocol):
     ) -> Iterator[tuple[int, np.ndarray]]:
         """The tensor of one task, as (start, flat values) in order."""
         ...
+
+
+def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """The first of those of most bytes."""
+    return max(dtypes, key=lambda dtype: dtype.itemsize)
 
 
 def blocks(size: int) -> Iterator[tuple[int, int]]:
@@ -195,7 +205,7 @@ class Tall:
     dtype: np.dtype | None = None
 
     def parts(self, spec, dtypes):  # noqa: D102
-        stored = self.dtype or max(dtypes, key=lambda d: d.itemsize)
+        stored = widest(dtypes) if self.dtype is None else self.dtype
         if stored.itemsize < 2:
             stored = jnp.dtype(jnp.bfloat16)
         num = kernels.num_bytes(spec.size)
@@ -204,10 +214,8 @@ class Tall:
             "masks": TensorSpec((len(dtypes), num), np.dtype(np.uint8)),
         }
 
-    def compress(self, base, experts, put):  # noqa: D102
-        size = base.spec.size
-        dtypes = [each.spec.dtype for each in experts]
-        stored = self.parts(base.spec, dtypes)["merged"].dtype
+    def compress(self, base, experts, parts, put):  # noqa: D102
+        size, stored = base.spec.size, parts["merged"].dtype
         scales = jnp.asarray(self.scales, jnp.float32)
         row, errors = kernels.num_bytes(size), Errors.zero(len(experts))
         for start, stop in blocks(size):
@@ -268,7 +276,7 @@ class BitDelta:
             "scales": TensorSpec((len(dtypes),), np.dtype(np.float32)),
         }
 
-    def compress(self, base, experts, put):  # noqa: D102
+    def compress(self, base, experts, parts, put):  # noqa: D102
         size, tasks = base.spec.size, len(experts)
         row = kernels.num_bytes(size)
         absolute, total = np.zeros(tasks), np.zeros(tasks)

@@ -112,14 +112,14 @@ class Rmm:
             return None
         sides, tasks = _sides(spec), len(dtypes)
         rank = min(self.rank, *sides)
-        stored = self.dtype or max(dtypes, key=lambda d: d.itemsize)
+        stored = methods.widest(dtypes) if self.dtype is None else self.dtype
         p = min(self.basis, rank, tasks - 1)
         found = bank_parts(sides, rank, tasks, p, stored)
         size = sum(part.nbytes for part in found.values())
         plain = spec.size * sum(dtype.itemsize for dtype in dtypes)
         return found if size < plain else None
 
-    def compress(self, base, experts, put):  # noqa: D102
+    def compress(self, base, experts, parts, put):  # noqa: D102
         sides, tasks = _sides(base.spec), len(experts)
         rank = min(self.rank, *sides)
         errors, loras = methods.Errors.zero(tasks), []
@@ -138,7 +138,7 @@ class Rmm:
         p = min(self.basis, rank, tasks - 1)
         bank = merging.rmm_basis(loras, p, check_finite=False)
         bank = merging.RmmBank(*({f: x["w"][f] for f in _FACTORS} for x in bank))
-        dtype = self.parts(base.spec, [e.spec.dtype for e in experts])["a.mean"].dtype
+        dtype = parts["a.mean"].dtype
         fill(bank, put, dtype)
         # As it is stored, which may be narrower.
         bank = jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), bank)

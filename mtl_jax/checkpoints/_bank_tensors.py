@@ -38,7 +38,7 @@ class Packer:
         self.checksums: dict[str, int] = {}
         self.entries: dict[str, _bank.Entry] = {}
         self.specs: dict[str, TensorSpec] = {}
-        self._keys: dict[str, set[str]] = {}
+        self._parts: dict[str, dict[Any, TensorSpec]] = {}
         for name in dict.fromkeys(n for source in tasks.values() for n in source):
             found = [_stored(source, name) for source in tasks.values()]
             kind, parts = self._kind(name, found)
@@ -46,11 +46,11 @@ class Packer:
                 found = [parts.get(t) for t in range(len(found))]
             self.entries[name] = _bank.Entry.of(kind, found)
             self.specs |= {_bank.key(kind, p, name): s for p, s in parts.items()}
-            self._keys[name] = {_bank.key(kind, p, name) for p in parts}
+            self._parts[name] = parts
 
     def keys(self, name: str) -> set[str]:
         """Names in the bank that `store` fills for a tensor."""
-        return self._keys[name]
+        return {_bank.key(self.entries[name].how, p, name) for p in self._parts[name]}
 
     def _kind(
         self, name: str, found: Sequence[TensorSpec | None]
@@ -109,7 +109,7 @@ class Packer:
                 put(_bank.key(kind, label, name), start, values)
 
             try:
-                errors = self._method.compress(base, views, part)
+                errors = self._method.compress(base, views, self._parts[name], part)
             except _bank_methods.NotFiniteError as error:
                 who = "the base" if not error.model else tasks[error.model - 1]
                 raise ValueError(

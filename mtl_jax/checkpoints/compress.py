@@ -14,16 +14,15 @@ import numpy as np
 from etils import epath
 
 import mtl_jax
-from mtl_jax.checkpoints import _bank
+from mtl_jax.checkpoints import _bank, adapters
 from mtl_jax.checkpoints._bank_adapters import AdapterPacker
 from mtl_jax.checkpoints._bank_methods import Errors
 from mtl_jax.checkpoints._bank_tensors import Packer
 from mtl_jax.checkpoints.source import Source, TensorSpec, open_source
 from mtl_jax.checkpoints.writer import CheckpointWriter
 
-__all__ = ["ADAPTER_CONFIG", "Compressed", "compress", "is_adapter", "nbytes"]
+__all__ = ["Compressed", "compress", "is_adapter", "nbytes"]
 
-ADAPTER_CONFIG = "adapter_config.json"
 _NOTES = ".compress.jsonl"
 _OPTIONS: dict[str, dict[str, Any]] = {
     "tall": {"scale": 0.4, "dtype": None},
@@ -213,12 +212,18 @@ def _packer(
 ) -> Packer | AdapterPacker:
     """For checkpoints, or for adapters where all experts are."""
     built = _bank.METHODS[method](**_bank.restored_options(options))
-    adapters = [name for name, source in tasks.items() if is_adapter(source)]
-    if not adapters:
+    found = [name for name, source in tasks.items() if is_adapter(source)]
+    if not found:
+        for name, source in tasks.items():
+            if not any(tensor in base for tensor in source):
+                raise ValueError(
+                    f"compress: {name} has no tensor of the base {base.path}, such as "
+                    f"{next(iter(base), None)!r}"
+                )
         return Packer(method, built, base, tasks)
-    if len(adapters) < len(tasks):
+    if len(found) < len(tasks):
         raise ValueError(
-            f"compress: {adapters[0]} is an adapter and others are not; give it as "
+            f"compress: {found[0]} is an adapter and others are not; give it as "
             "BASE+ADAPTER"
         )
     if not isinstance(built, _bank.METHODS["rmm"]):
@@ -226,6 +231,8 @@ def _packer(
             f"compress: {method} keeps whole checkpoints; give adapters as "
             "BASE+ADAPTER, or use rmm"
         )
+    for source in tasks.values():
+        adapters.add_adapter(base, source.path)  # Refuses those of other bases.
     return AdapterPacker(built, tasks)
 
 
@@ -309,8 +316,10 @@ def _side_files(
     names: list[dict[str, str]] = []
     stored: dict[str, epath.Path] = {}
     for source in sources:
-        own = {}
-        for name, path in source.side_files.items():
+        own, files = {}, dict(source.side_files)
+        if is_adapter(source):
+            files[adapters.CONFIG] = source.path / adapters.CONFIG
+        for name, path in files.items():
             digest = hashlib.sha256(epath.Path(path).read_bytes()).hexdigest()[:12]
             own[name] = f"task.{digest}.{name}"
             stored[own[name]] = path

@@ -228,7 +228,7 @@ def compare(
 def _wide(values: np.ndarray) -> np.ndarray:
     """Any numbers as float64."""
     if np.issubdtype(values.dtype, np.complexfloating):
-        values = np.ascontiguousarray(values).view(values.real.dtype)
+        values = np.ascontiguousarray(values).view(np.real(values).dtype)
     return values.astype(np.float64)
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 
 from etils import epath
 
-from mtl_jax.checkpoints import _bank, _bank_adapters, _bank_tensors
-from mtl_jax.checkpoints.compress import ADAPTER_CONFIG, nbytes
+from mtl_jax.checkpoints import _bank, _bank_adapters, _bank_tensors, adapters
+from mtl_jax.checkpoints.compress import nbytes
 from mtl_jax.checkpoints.source import Source, TensorSpec, open_source
 from mtl_jax.checkpoints.writer import CheckpointWriter
 from mtl_jax.io import safetensors
@@ -70,9 +70,9 @@ def extract(
     found, tensors = read_bank(bank)
     index = found.index(task)
     specs = {
-        name: spec
+        name: entry.spec(index)
         for name, entry in found.entries.items()
-        if (spec := entry.spec(index)) is not None
+        if entry.has(index)
     }
     files = {
         name: epath.Path(bank) / stored
@@ -157,8 +157,8 @@ def _write_adapter(
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not overwrite)):
         raise ValueError(f"extract: {out} is not empty")
     out.mkdir(parents=True, exist_ok=True)
-    (out / ADAPTER_CONFIG).unlink(missing_ok=True)
+    (out / adapters.CONFIG).unlink(missing_ok=True)
     found = dict(_bank_adapters.restored_adapter(bank, tensors, task))
     safetensors.save(out / _ADAPTER, found, {"format": "pt"})
-    for name in sorted(files, key=lambda name: name == ADAPTER_CONFIG):
+    for name in sorted(files, key=lambda name: name == adapters.CONFIG):
         (out / name).write_bytes(files[name].read_bytes())

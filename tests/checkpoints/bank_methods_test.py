@@ -44,7 +44,7 @@ def fill(method, base, experts):
         written[name][start : start + values.size] += 1
 
     views = [ArrayView(each) for each in experts]
-    errors = method.compress(ArrayView(base), views, put)
+    errors = method.compress(ArrayView(base), views, specs, put)
     assert all((count == 1).all() for count in written.values())
     return {n: values.reshape(specs[n].shape) for n, values in parts.items()}, errors
 
@@ -213,7 +213,8 @@ def test_memory_is_bounded_by_the_chunk():
     base, experts = models((53, 83))
     for method in (M.Tall(scales=(0.4,) * TASKS), M.BitDelta()):
         views = [Counting(each) for each in experts]
-        method.compress(Counting(base), views, lambda *_: None)
+        specs = method.parts(views[0].spec, [F32] * TASKS)
+        method.compress(Counting(base), views, specs, lambda *_: None)
     assert Counting.longest == 2048
 
 

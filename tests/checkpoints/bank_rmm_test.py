@@ -30,7 +30,7 @@ def fill(method, base, experts):
         assert start == 0 and values.size == specs[name].size
         parts[name] = ArrayView(values.reshape(specs[name].shape))
 
-    errors = method.compress(ArrayView(base), list(map(ArrayView, experts)), put)
+    errors = method.compress(ArrayView(base), list(map(ArrayView, experts)), specs, put)
     assert {n: v.spec for n, v in parts.items()} == specs
     return parts, errors
 
