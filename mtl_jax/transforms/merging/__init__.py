@@ -29,6 +29,12 @@ from mtl_jax.transforms.merging._coefficients import (
     select_blocks,
     take_blocks,
 )
+from mtl_jax.transforms.merging._concrete import (
+    Concrete,
+    concrete,
+    concrete_mask,
+    concrete_merge,
+)
 from mtl_jax.transforms.merging._dare import dare
 from mtl_jax.transforms.merging._della import della
 from mtl_jax.transforms.merging._emr import Emr, emr, emr_restore
@@ -38,6 +44,7 @@ from mtl_jax.transforms.merging._fisher import (
     fisher_diagonal,
     squared_gradients,
 )
+from mtl_jax.transforms.merging._frank_wolfe import FrankWolfe, frank_wolfe
 from mtl_jax.transforms.merging._iso import iso_c, iso_cts
 from mtl_jax.transforms.merging._karcher import karcher
 from mtl_jax.transforms.merging._knots import knots
@@ -102,7 +109,9 @@ from mtl_jax.tree import combine
 __all__ = [
     "BitDelta",
     "CompressionBits",
+    "Concrete",
     "Emr",
+    "FrankWolfe",
     "InputGram",
     "Learned",
     "MaskStatistics",
@@ -122,6 +131,9 @@ __all__ = [
     "combine",
     "compose",
     "compression_bits",
+    "concrete",
+    "concrete_mask",
+    "concrete_merge",
     "consensus",
     "consensus_mask",
     "dare",
@@ -132,6 +144,7 @@ __all__ = [
     "expo",
     "fisher",
     "fisher_diagonal",
+    "frank_wolfe",
     "init_coefficients",
     "iso_c",
     "iso_cts",

@@ -293,6 +293,16 @@ def take_blocks(taus: Any, blocks: Any) -> Any:
     return jax.tree.map(lambda x, index: jnp.take(x, index, axis=0), taus, blocks)
 
 
+def spread(name: str, taus: Any, coeffs: Any) -> Any:
+    """A number, [T] or a tree of [T] as one row per leaf: a tree of float32 [T]."""
+    count = tree.num_tasks(name, taus)
+    if isinstance(coeffs, int | float):
+        coeffs = jnp.full(count, coeffs, jnp.float32)
+    rows = _rows(name, taus, coeffs, count, None, None)
+    tree.check_finite(f"{name}: coefficients", rows)
+    return jax.tree.map(lambda row: row.astype(jnp.float32), rows)
+
+
 def _first(taus):
     return jax.tree.map(lambda x: x[0], taus)
 
