@@ -86,6 +86,7 @@ from mtl_jax.transforms.merging._search import (
 )
 from mtl_jax.transforms.merging._slerp import slerp
 from mtl_jax.transforms.merging._slerp_chain import slerp_chain, slerp_chain_weights
+from mtl_jax.transforms.merging._surgery import Surgery, surgery, surgery_apply
 from mtl_jax.transforms.merging._svc import svc
 from mtl_jax.transforms.merging._tall_masks import (
     CompressionBits,
@@ -118,6 +119,7 @@ __all__ = [
     "Position",
     "RmmBank",
     "ScaleSearch",
+    "Surgery",
     "Trial",
     "analogy",
     "arcee_fusion",
@@ -193,6 +195,8 @@ __all__ = [
     "slerp_chain",
     "slerp_chain_weights",
     "squared_gradients",
+    "surgery",
+    "surgery_apply",
     "svc",
     "take_blocks",
     "tall_masks",
