@@ -15,7 +15,7 @@ from mtl_jax.transforms import merging
 
 
 def _merge(config: ConfigDict) -> Any:
-    """taus -> delta, by the rule that the config names."""
+    """From taus to a delta, by the rule that the config names."""
     name, options = config.merge.rule, config.merge.options.to_dict()
     if name not in merging.__all__:
         raise ValueError(
