@@ -9,7 +9,6 @@ from ml_collections import ConfigDict
 
 from mtl_jax import losses, zoo
 from mtl_jax.catalog import SystemSpec
-from mtl_jax.train import optim
 from mtl_jax.transforms import merging
 
 SPEC = SystemSpec(
@@ -84,18 +83,16 @@ def learn(taus, material, study, *, kind, rate, rows, tasks=None) -> zoo.Trace:
     def entropy(logits, inputs, task):
         return jnp.mean(losses.softmax_entropy(logits(inputs), task["head"]["active"]))
 
-    run = zoo.coefficients(
-        material, entropy, optim.optimizer("adam", rate), spread=_clipped
-    )
-    batches = zoo.stacks(
-        rows,
+    recipe = zoo.Recipe(
         steps=study.steps,
         batch_size=study.batch_size,
+        optimizer={"name": "adam", "peak": rate, "decay": False},
         seed=study.seed,
         chunk=study.chunk,
     )
+    run = zoo.coefficients(material, entropy, recipe, spread=_clipped)
     start = merging.init_coefficients(taus, study.start, kind=kind)
-    return run(taus, start, batches, {"head": material.heads(tasks)}, study.steps)
+    return run(taus, start, recipe.batches(rows), {"head": material.heads(tasks)})
 
 
 def _row(name, study) -> zoo.LearnedModel:
@@ -142,7 +139,7 @@ def _claims(study) -> None:
             gain = score[better] - score[worse]
             by = f" by {100 * margin:g} points" if margin else ""
             text = f"{better} beats {worse}{by}"
-            study.claim(text, f"{gain:+.1%} accuracy", gain >= margin)
+            study.claim(text, f"{gain:+.1%} accuracy", gain > 0 and gain >= margin)
 
 
 def _insight(study) -> None:

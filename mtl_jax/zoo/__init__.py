@@ -1,12 +1,13 @@
 """Families of experts from one base, cached, and the rows that merge them."""
 
-from mtl_jax.zoo import diagnostics
+from mtl_jax.zoo import diagnostics, transfer
+from mtl_jax.zoo.adapters import Adapters, adapted
 from mtl_jax.zoo.clip import clip, require_weights, text_heads
 from mtl_jax.zoo.encoders import Encoder, class_means, minilm, small_vit
 from mtl_jax.zoo.evaluate import Evaluator
 from mtl_jax.zoo.experts import Settings, Zoo, logits_fn, open_zoo, trainable
 from mtl_jax.zoo.language import LanguageModel, open_gguf, smollm2
-from mtl_jax.zoo.learning import Trace, coefficients, learn
+from mtl_jax.zoo.learning import Recipe, Trace, coefficients, learn
 from mtl_jax.zoo.material import Material, stacks
 from mtl_jax.zoo.rows import (
     Fit,
@@ -25,6 +26,7 @@ from mtl_jax.zoo.views import perturb
 from mtl_jax.zoo.world import world
 
 __all__ = [
+    "Adapters",
     "Encoder",
     "Evaluator",
     "Fit",
@@ -32,6 +34,7 @@ __all__ = [
     "LearnedModel",
     "Material",
     "PostHoc",
+    "Recipe",
     "Row",
     "Settings",
     "SharedModel",
@@ -39,6 +42,7 @@ __all__ = [
     "TaskModels",
     "Trace",
     "Zoo",
+    "adapted",
     "baselines",
     "class_means",
     "clip",
@@ -60,6 +64,7 @@ __all__ = [
     "task_delta",
     "text_heads",
     "trainable",
+    "transfer",
     "world",
     "zero_shot",
 ]

@@ -1,14 +1,51 @@
 """Learning coefficients of task vectors on the tasks of a zoo."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import optax
 
+from mtl_jax.train import optim
 from mtl_jax.transforms import merging
-from mtl_jax.zoo.material import Material
+from mtl_jax.zoo.material import Material, Rows, stacks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How coefficients are learned.
+
+    Attributes:
+      steps: optimizer steps.
+      batch_size: rows per task and step.
+      optimizer: what `train.optim.over_steps` takes.
+      seed: of the order of rows.
+      chunk: steps of one compiled scan, after which progress is shown and the
+        coefficients are recorded.
+    """
+
+    steps: int
+    batch_size: int
+    optimizer: Mapping[str, Any]
+    seed: int
+    chunk: int
+
+    def tx(self) -> optax.GradientTransformation:
+        """The optimizer."""
+        return optim.over_steps(self.steps, dict(self.optimizer))
+
+    def batches(
+        self, rows: Sequence[Rows], batch_size: int | None = None
+    ) -> Iterator[Rows]:
+        """Stacks of batches from the rows of each task; see `stacks`."""
+        return stacks(
+            rows,
+            steps=self.steps,
+            batch_size=batch_size or self.batch_size,
+            seed=self.seed,
+            chunk=self.chunk,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +99,7 @@ def learn(
 def coefficients(
     material: Material,
     loss: Callable[[Any, Any, Any], Any],
-    tx: optax.GradientTransformation,
+    recipe: Recipe,
     *,
     spread: Callable[[Any], Any] = lambda coeffs: coeffs,
 ) -> Callable[..., Trace]:
@@ -73,13 +110,13 @@ def coefficients(
       loss: `loss(logits, batch, task) -> scalar`; logits is a function of inputs,
         `logits(inputs) -> [B, C]`, with the head of the task; task is a slice of what
         is given as `tasks`.
-      tx: of the coefficients.
+      recipe: how.
       spread: `spread(coeffs) -> coeffs` before they are used, such as a clip.
 
     Returns:
-      `run(taus, start, batches, tasks, steps, parts=None) -> Trace`: taus with leaves
-      [N, ...] and coefficients as `merging.compose` takes them; batches stacks with
-      leaves [S, T, B, ...]; tasks with leaves [T, ...], of which `head` is used here.
+      `run(taus, start, batches, tasks, parts=None) -> Trace`: taus with leaves [N, ...]
+      and coefficients as `merging.compose` takes them; batches as `recipe.batches`
+      makes them; tasks with leaves [T, ...], of which `head` is used here.
     """
 
     def merged(coeffs, args):
@@ -93,16 +130,16 @@ def coefficients(
 
         return loss(logits, batch, task)
 
-    learner = merging.learner(merged, of_task, tx)
+    learner = merging.learner(merged, of_task, recipe.tx())
 
-    def run(taus, start, batches, tasks, steps, parts=None) -> Trace:
+    def run(taus, start, batches, tasks, parts=None) -> Trace:
         args = {
             "base": material.zoo.base,
             "taus": taus,
             "parts": parts,
             "model": material.args,
         }
-        with material.progress.task("coefficients", total=steps) as bar:
+        with material.progress.task("coefficients", total=recipe.steps) as bar:
             return learn(learner, start, batches, tasks, args, bar=bar)
 
     return run

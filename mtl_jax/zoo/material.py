@@ -40,9 +40,7 @@ class Material:
         self._logits = experts.logits_fn(
             self.zoo.encoder, self.zoo.settings, self._mode
         )
-        self._classify = jax.jit(
-            lambda *args: jnp.argmax(self.logits(*args), -1),
-        )
+        self._predict = jax.jit(self.logits)
 
     @property
     def count(self) -> int:
@@ -146,10 +144,15 @@ class Material:
             rows, steps=steps, batch_size=batch_size, seed=seed, chunk=chunk
         )
 
+    def probabilities(self, trained: Any, task: int, inputs: Any) -> np.ndarray:
+        """[N, C] for any rows of a task, of the classes that it has."""
+        data = self.zoo.tasks[task]
+        found = self._predict(trained, inputs, data.head, self.args)
+        return np.asarray(jax.nn.softmax(found[:, : data.num_classes]))
+
     def predict(self, trained: Any, task: int, inputs: Any) -> np.ndarray:
         """Predicted classes [N] of any rows of a task."""
-        found = self._classify(trained, inputs, self.zoo.tasks[task].head, self.args)
-        return np.asarray(found)
+        return self.probabilities(trained, task, inputs).argmax(-1)
 
     def _tasks(self, tasks: Sequence[int] | None) -> list[int]:
         return list(range(self.count) if tasks is None else tasks)
