@@ -124,9 +124,6 @@ def add_adapter(base: Source, path: epath.PathLike) -> Source:
     pairs, saved = _sort(where, adapter)
     rename = _renaming(where, base, [f"{module}.weight" for module in pairs] or saved)
     views: dict[str, TensorView] = dict(base)
-    for module, factors in pairs.items():
-        name = rename(f"{module}.weight")
-        views[name] = _changed(where, config, module, factors, name, base[name])
     for name, view in saved.items():
         target = rename(name)
         if target in base and base[target].spec.shape != view.spec.shape:
@@ -137,6 +134,9 @@ def add_adapter(base: Source, path: epath.PathLike) -> Source:
         if target not in base and not _is_saved(config, name):
             raise ValueError(f"{where}: {name!r} is of no kind that is known")
         views[target] = view
+    for module, factors in pairs.items():
+        name = rename(f"{module}.weight")
+        views[name] = _changed(where, config, module, factors, name, views[name])
     digest = hashlib.sha256(f"{base.fingerprint}+{adapter.fingerprint}".encode())
     return Source(
         base.path,
@@ -188,9 +188,9 @@ def _sort(where, adapter):
             name = name.replace(".modules_to_save.", ".").replace(".base_layer.", ".")
             saved[name] = view
     for module, factors in pairs.items():
-        if missing := {"a", "b"} - set(factors):
+        if set(factors) not in ({"A", "B"}, {"embedding_A", "embedding_B"}):
             raise ValueError(
-                f"{where}: {module!r} has no factor {missing.pop().upper()}"
+                f"{where}: {module!r} has only the factor {', '.join(factors)}"
             )
     if not pairs and not saved:
         raise ValueError(f"{where}: has no tensors")
