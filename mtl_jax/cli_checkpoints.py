@@ -202,15 +202,23 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 @contextlib.contextmanager
 def _steps(command: str, what: str) -> Iterator[Callable[[int, int], None]]:
-    """Progress on standard error, and a clean end on SIGTERM."""
+    """Progress on standard error from the first step on, a clean end on SIGTERM."""
     from mtl_jax.report.progress import Progress
 
     with (
         host.ends_on_sigterm(f"mtl-jax {command}"),
-        Progress() as shown,
-        shown.task(what) as task,
+        contextlib.ExitStack() as stack,
     ):
-        yield task
+        task = None
+
+        def step(done: int, total: int) -> None:
+            nonlocal task
+            if task is None:
+                shown = stack.enter_context(Progress())
+                task = stack.enter_context(shown.task(what, total))
+            task(done, total)
+
+        yield step
 
 
 def _print_table(table) -> None:

@@ -3,8 +3,9 @@
 import dataclasses
 import hashlib
 import json
+import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -25,8 +26,10 @@ __all__ = [
     "Parts",
     "Summed",
     "Task",
+    "check_apart",
     "digest_of_specs",
     "key",
+    "location",
     "read_bank",
     "restored_options",
     "task_names",
@@ -248,6 +251,27 @@ def read_bank(path: epath.PathLike) -> tuple[Bank, Source]:
         what = "is no bank" if folder.is_dir() else "does not exist"
         raise FileNotFoundError(f"{folder} {what}: there is no {file}")
     return Bank.from_json(shards.read_json(file), str(file)), open_source(folder)
+
+
+def location(path: epath.PathLike) -> str:
+    """Where a checkpoint is, whatever the working directory will be.
+
+    >>> location("/models/base"), location("gs://models/base")
+    ('/models/base', 'gs://models/base')
+    """
+    text = str(path)
+    return os.path.abspath(text) if os.path.exists(text) else text
+
+
+def check_apart(where: str, out: epath.PathLike, inputs: Iterable[Any]) -> None:
+    """Refuses to write into a folder that is read from.
+
+    Raises:
+      ValueError: naming it.
+    """
+    for path in inputs:
+        if os.path.realpath(out) == os.path.realpath(path):
+            raise ValueError(f"{where}: {out} is read from, choose another folder")
 
 
 def task_names(sources: Sequence[str], names: Sequence[str] | None) -> list[str]:

@@ -25,7 +25,6 @@ __all__ = [
     "Errors",
     "Method",
     "NotFiniteError",
-    "Put",
     "Tall",
     "blocks",
     "check_finite",

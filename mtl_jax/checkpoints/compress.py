@@ -104,6 +104,8 @@ def compress(
         raise ValueError("compress: no experts, wanted at least one")
     options = _checked_options(method, options, len(tasks))
     origin = open_source(base)
+    inputs = [origin.path, *(source.path for source in tasks.values())]
+    _bank.check_apart("compress", out, inputs)
     packer = _packer(method, options, origin, tasks)
     plan = _plan(method, options, origin, tasks)
     writer = CheckpointWriter(
@@ -121,20 +123,9 @@ def compress(
             kind="checkpoints" if isinstance(packer, Packer) else "adapters",
             method=method,
             options=options,
-            tasks=tuple(
-                _bank.Task(
-                    name=name,
-                    source=path,
-                    error=error,
-                    nbytes=nbytes(source.stored),
-                    files=own,
-                )
-                for (name, source), path, error, own in zip(
-                    tasks.items(), paths, total.relative, files, strict=True
-                )
-            ),
+            tasks=_described(paths, tasks, total, files),
             entries=packer.entries,
-            base=str(base),
+            base=_bank.location(base),
             base_specs=_bank.digest_of_specs(origin.specs),
             checksums=packer.checksums,
             version=mtl_jax.__version__,
@@ -143,6 +134,25 @@ def compress(
         notes.remove()
     return Compressed(
         bank=bank, nbytes=nbytes(packer.specs), seconds=time.monotonic() - started
+    )
+
+
+def _described(
+    paths: Sequence[str],
+    tasks: Mapping[str, Source],
+    total: Errors,
+    files: Sequence[Mapping[str, str]],
+) -> tuple[_bank.Task, ...]:
+    rows = zip(paths, tasks.items(), total.relative, files, strict=True)
+    return tuple(
+        _bank.Task(
+            name=name,
+            source=_bank.location(path),
+            error=error,
+            nbytes=nbytes(source.stored),
+            files=own,
+        )
+        for path, (name, source), error, own in rows
     )
 
 

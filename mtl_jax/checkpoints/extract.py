@@ -69,6 +69,7 @@ def extract(
     started = time.monotonic()
     found, tensors = read_bank(bank)
     index = found.index(task)
+    _bank.check_apart("extract", out, [bank])
     specs = {
         name: entry.spec(index)
         for name, entry in found.entries.items()
@@ -82,6 +83,7 @@ def extract(
         _write_adapter(found, tensors, index, epath.Path(out), files, overwrite)
     else:
         origin = _base_of(found, base)
+        _bank.check_apart("extract", out, [origin.path])
         plan = f"{task}\n{tensors.fingerprint}\n{origin.fingerprint}"
         writer = CheckpointWriter(
             out,
