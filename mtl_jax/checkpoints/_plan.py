@@ -102,6 +102,7 @@ class _Planner:
         self._jobs: dict[str, Job] = {}
         self._missing: dict[str, list[str]] = collections.defaultdict(list)
         self._shapes: list[str] = []
+        self._rows_differ = False
         self._notes: list[str] = []
         self._config = dict(inputs.donor.config) or None
 
@@ -303,6 +304,9 @@ class _Planner:
         if any(tuple(view.spec.shape) != shape for view in found.values()):
             shapes = (f"{list(v.spec.shape)} in {m}" for m, v in found.items())
             self._shapes.append(f"{name!r} is {', '.join(shapes)}")
+            self._rows_differ |= len(shape) > 1 and all(
+                tuple(view.spec.shape[1:]) == shape[1:] for view in found.values()
+            )
             return
         job = Job(
             name=name,
@@ -328,10 +332,11 @@ class _Planner:
             problems.append(f"{len(self._shapes) - _SHOWN} more shapes differ")
         if not problems:
             return
-        rows = self._shapes and self._recipe.tokenizer is None
-        hint = "; of vocabularies, tokenizer_source says how rows match" if rows else ""
+        rows = self._rows_differ and self._recipe.tokenizer is None
+        hint = "; if rows are tokens, tokenizer_source says how they match"
         raise ValueError(
-            f"{self._recipe.name}: the models differ: {'; '.join(problems)}{hint}"
+            f"{self._recipe.name}: the models differ: {'; '.join(problems)}"
+            + (hint if rows else "")
         )
 
 

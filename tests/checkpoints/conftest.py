@@ -5,6 +5,7 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
+
 from mtl_jax.io import safetensors
 
 

@@ -1,4 +1,5 @@
 import pytest
+
 from mtl_jax.checkpoints import _layers
 from mtl_jax.checkpoints._layers import Stack
 
@@ -68,14 +69,15 @@ def test_place():
     assert _layers.place("model.norm.weight", stacks) is None
 
 
-BEFORE = """model.embed_tokens.weight bert.embeddings.LayerNorm.bias transformer.wte.weight
-transformer.wpe.weight gpt_neox.embed_in.weight shared.weight conv1.bias
-transformer.embedding.word_embeddings.weight visual.patch_embed.proj.weight
+BEFORE = """model.embed_tokens.weight bert.embeddings.LayerNorm.bias
+transformer.wte.weight transformer.wpe.weight gpt_neox.embed_in.weight
+shared.weight conv1.bias transformer.embedding.word_embeddings.weight visual.patch_embed.proj.weight
 model.embedding_norm.weight layernorm_pre.bias decoder.embed_tokens.weight"""
 BEHIND = """model.norm.weight lm_head.weight bert.pooler.dense.weight classifier.bias
 cls.predictions.decoder.weight transformer.encoder.final_layernorm.weight
-transformer.ln_f.weight embed_out.weight score.weight output.weight backbone.norm_f.weight
-gpt_neox.final_layer_norm.bias lm_head.decoder.weight vocab_projector.weight"""
+transformer.ln_f.weight embed_out.weight score.weight output.weight
+backbone.norm_f.weight gpt_neox.final_layer_norm.bias lm_head.decoder.weight
+vocab_projector.weight"""
 
 
 @pytest.mark.parametrize("name", BEFORE.split())

@@ -2,6 +2,7 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+
 from mtl_jax.checkpoints import mergekit, recipe
 from mtl_jax.checkpoints._schema import Conditional, Slice
 

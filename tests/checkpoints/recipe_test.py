@@ -1,6 +1,7 @@
 import pathlib
 
 import pytest
+
 from mtl_jax.checkpoints import recipe
 from mtl_jax.checkpoints._schema import (
     Conditional,
@@ -186,7 +187,8 @@ def test_a_plus_in_a_name(here):
         (HEAD + MODELS + "parameters: {w: [{filter: x}]}", "wants value"),
         (HEAD + MODELS + "parameters: {w: 1}\noptions: {w: 2}", "parameters give w"),
         (
-            "merge_method: slerp\nslices: [{sources: [{model: a, layer_range: [2, 2]}]}]",
+            "merge_method: slerp\nslices:\n"
+            "- sources: [{model: a, layer_range: [2, 2]}]",
             "first < end",
         ),
         (

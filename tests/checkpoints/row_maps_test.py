@@ -2,6 +2,7 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+
 from mtl_jax.checkpoints import _row_maps, _rows
 from mtl_jax.checkpoints._schema import Model, TokenizerRequest, TokenSource
 from mtl_jax.checkpoints.source import ArrayView

@@ -3,6 +3,7 @@ import hypothesis.strategies as st
 import ml_dtypes
 import numpy as np
 import pytest
+
 from mtl_jax.checkpoints import _rows
 from mtl_jax.checkpoints._rows import AVERAGE, MEAN, ZERO, RowMap, RowsView
 from mtl_jax.checkpoints.source import ArrayView

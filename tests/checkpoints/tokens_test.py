@@ -1,6 +1,7 @@
 import json
 
 import pytest
+
 from mtl_jax.checkpoints import tokens
 from mtl_jax.checkpoints._schema import Model, TokenizerRequest, TokenSource
 

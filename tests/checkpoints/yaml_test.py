@@ -1,4 +1,5 @@
 import pytest
+
 from mtl_jax.checkpoints import _yaml
 
 pytestmark = pytest.mark.fast
