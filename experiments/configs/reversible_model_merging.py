@@ -5,6 +5,7 @@
 demo    eight real text tasks, MiniLM
 vision  four real image tasks, a small ViT pretrained on rotations
 world   synthetic zero-shot world, eight tasks, an MLP
+lora    the same, with experts that are trained as adapters
 tiny    the same, too small to mean anything
 paper   CLIP ViT-L/14, eight image tasks; not run at scale (weights are yours to bring)
 
@@ -15,7 +16,7 @@ from ml_collections import ConfigDict
 
 from mtl_jax.zoo import presets
 
-VARIANTS = ("demo", "vision", "world", "tiny", "paper")
+VARIANTS = ("demo", "vision", "world", "lora", "tiny", "paper")
 
 
 def get_config(variant: str = "demo") -> ConfigDict:
@@ -24,11 +25,16 @@ def get_config(variant: str = "demo") -> ConfigDict:
         "demo": presets.text,
         "vision": presets.vision,
         "world": presets.world,
+        "lora": presets.world,
         "tiny": lambda: presets.world(tiny=True),
         "paper": presets.clip,
     }[variant]()
     quick = variant in ("demo", "tiny")
-    large = variant in ("demo", "paper")
+    scales = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+    if variant == "lora":
+        suite["options"]["lora"] = {"rank": 8, "alpha": 16.0}
+        experts["optimizer"]["peak"] = 5e-3
+        scales = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
     return ConfigDict(
         {
             "system": "reversible-model-merging",
@@ -39,17 +45,16 @@ def get_config(variant: str = "demo") -> ConfigDict:
             "remember": True,
             "checkpoint_every": 500 if variant == "paper" else None,
             "study": {
-                "rank": 16,
-                # How singular vectors of task vectors and of all of them are found.
-                "svd": "gram" if large else "svd",
-                "side_svd": "gram",
+                "rank": 8 if variant == "lora" else 16,
+                # To this rank full task vectors are cut; None: they are adapters.
+                "cut": None if variant == "lora" else 16,
+                "svd": "gram" if variant in ("demo", "paper") else "svd",
                 "sizes": (0, 1) if quick else (0, 1, 2),
-                "curve": (0, 1, 3, 5, 7) if quick else tuple(range(8)),
+                "curve": (0, 1, 3, 7) if quick else tuple(range(8)),
                 "density": 0.2,
-                # Of products of mean factors, with T^2 the product of their sums.
-                "factor_scales": (1.0, 4.0, 16.0, 64.0)
-                if quick
-                else (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0),
+                # Of products of mean factors, T^2 for those of sums; of trained
+                # adapters they multiply both factors, T for sums.
+                "factor_scales": scales[1::2] if quick else scales,
                 "scales": presets.SCALES if quick else presets.FINE_SCALES,
                 "sparse_scales": presets.SPARSE_SCALES,
                 "iso_scales": (0.5, 1.0, 1.5) if quick else (0.5, 1.0, 1.5, 2.0, 3.0),

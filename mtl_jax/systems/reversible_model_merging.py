@@ -1,5 +1,6 @@
 """Reversible model merging: a basis small enough to keep, from which tasks return."""
 
+import functools
 import time
 
 import jax
@@ -9,7 +10,7 @@ from ml_collections import ConfigDict
 
 from mtl_jax import report, tree, zoo
 from mtl_jax.catalog import SystemSpec
-from mtl_jax.transforms import adapters, merging
+from mtl_jax.transforms import merging
 from mtl_jax.transforms.quantization import nf4
 
 SPEC = SystemSpec(
@@ -29,13 +30,11 @@ SPEC = SystemSpec(
   archiveprefix = {arXiv}
 }""",
     uses=(
-        "adapters.lora",
         "merging.average",
         "merging.dare",
         "merging.iso_c",
         "merging.knots",
         "merging.lora_align",
-        "merging.lora_from_taus",
         "merging.lora_svd",
         "merging.rmm_basis",
         "merging.rmm_choose",
@@ -50,71 +49,25 @@ SPEC = SystemSpec(
         "The paper was read in secondary sources; the balanced split of singular "
         "values, bases chosen by layer and the alignment of gauges are ours.",
         "Adapters are truncated singular value decompositions of what full training "
-        "changed, without biases and norms.",
+        "changed, without biases and norms, or (config variant lora) trained as such.",
         "Small encoders on text, on images and on a synthetic world stand for RoBERTa "
         "on GLUE and OPT-1.3B.",
     ),
 )
 
 
-class _Adapters:
-    """Adapters of the experts, made once for all rows, and what they add to a base."""
-
-    def __init__(self, rank: int, svd: str):
-        self.rank, self._svd = rank, svd
-        self._of, self._loras = None, []
-
-    def __call__(self, taus) -> list:
-        """One adapter per task."""
-        if self._of is not taus:
-            options = {"rank": self.rank, "svd": self._svd}
-            self._of, self._loras = taus, merging.lora_from_taus(taus, **options)
-        return self._loras
-
-    def bank(self, taus):
-        """All of them, leaves [T, ...]."""
-        return adapters.lora.stack(self(taus))
-
-    def products(self, taus):
-        """What they add to the base, a task tree like `taus`."""
-        return jax.vmap(lambda x: _added(zoo.task_delta(taus, 0), x))(self.bank(taus))
-
-
-@jax.jit
-def _added(like, adapter):
-    """The product of an adapter in a tree like the parameters; 0 elsewhere."""
-    rank = jax.tree.leaves(adapter)[0].shape[-1]  # Of `a`, the first by name.
-    return adapters.lora.merge(
-        jax.tree.map(jnp.zeros_like, like), adapter, alpha=float(rank)
-    )
-
-
-def _restored(name, make, store, restore) -> zoo.TaskModels:
-    """One model per task from what `store` keeps of the adapters, counted as it is."""
-    kept = {}
-
-    def prepare(taus, _):
-        state = store(make(taus))
-        kept["bits"] = 8 * tree.nbytes(state)
-        return state, zoo.task_delta(taus, 0)
-
-    def bits(num_tasks, trained, frozen):
-        del num_tasks
-        return 32 * (trained + frozen) + kept["bits"]
-
-    def delta(state, task, knob):
-        del knob
-        return _added(state[1], restore(state[0], task))
-
-    return zoo.TaskModels(name=name, prepare=prepare, delta=delta, bits=bits)
-
-
 def _rmm(name, make, basis, *, align=False) -> zoo.TaskModels:
+    """Keeps a bank of bases of the size that `basis` gives."""
+
     def store(loras):
         loras = merging.lora_align(loras) if align else loras
         return merging.rmm_basis(loras, basis(loras))
 
-    return _restored(name, make, store, merging.rmm_restore)
+    return make.row(name, store, merging.rmm_restore)
+
+
+def _item(loras, task):
+    return loras[task]
 
 
 def _turned(adapter):
@@ -126,6 +79,10 @@ def _turned(adapter):
 
 def _nf4(loras):
     return [nf4.quantize(_turned(x), ".") for x in loras]
+
+
+def _from_nf4(loras, task):
+    return _turned(nf4.dequantize(loras[task]))
 
 
 def _cut(loras, rank):
@@ -143,101 +100,87 @@ def _shared(name, delta, scales) -> zoo.SharedModel:
     return zoo.SharedModel(name=name, delta=lambda taus, _: delta(taus), scales=scales)
 
 
-def _merged(make, config) -> tuple[zoo.SharedModel, ...]:
-    """One model for all tasks: factors merged apart, or products merged."""
-    rank, density, seed = config.rank, config.density, config.seed
-
-    def apart(rule):
-        def delta(taus):
-            return _added(zoo.task_delta(taus, 0), rule(make.bank(taus)))
-
-        return delta
-
-    def refactored(taus):
-        one = merging.lora_svd(make(taus), rank=rank, alpha=float(rank))
-        return _added(zoo.task_delta(taus, 0), one)
+def _apart(make, config) -> list[zoo.SharedModel]:
+    """One model for all tasks from factors that are merged without their partners."""
 
     def dare(bank):
         count = tree.num_tasks("reversible-model-merging", bank)
-        return merging.dare(
-            bank,
-            density=density,
-            key=jax.random.key(seed),
-            weights=jnp.full(count, 1 / count),
-        )
+        options = {"key": jax.random.key(config.seed), "density": config.density}
+        return merging.dare(bank, weights=jnp.full(count, 1 / count), **options)
+
+    def ties(bank):
+        return merging.ties(bank, density=config.density)
+
+    def row(name, rule):
+        def delta(taus):
+            return make.added(zoo.task_delta(taus, 0), rule(make.bank(taus)))
+
+        return _shared(f"factors apart: {name}", delta, tuple(config.factor_scales))
+
+    return [row("TA", merging.average), row("TIES", ties), row("DARE", dare)]
+
+
+def _together(make, config) -> list[zoo.SharedModel]:
+    """One model for all tasks from products."""
+    scales, sparse = tuple(config.scales), tuple(config.sparse_scales)
+
+    def row(name, rule, scales):
+        def delta(taus):
+            return rule(make.products(taus))
+
+        return _shared(f"products: {name}", delta, scales)
+
+    def refactored(taus):
+        one = merging.lora_svd(make(taus), rank=make.rank, alpha=float(make.rank))
+        return make.added(zoo.task_delta(taus, 0), one)
 
     def ties(taus, **options):
-        return merging.ties(taus, density=density, scope="global", **options)
+        return merging.ties(taus, density=config.density, **options)
 
-    def products(rule):
-        return lambda taus: rule(make.products(taus))
+    def knots(taus):
+        return merging.knots(taus, rule=ties, svd="gram")
 
-    wide, scales = tuple(config.factor_scales), tuple(config.scales)
-    sparse = tuple(config.sparse_scales)
-    return (
-        _shared("factors apart: TA", apart(merging.average), wide),
-        _shared("factors apart: TIES", apart(ties), wide),
-        _shared("factors apart: DARE", apart(dare), wide),
-        _shared("products: TA", products(merging.task_arithmetic), scales),
+    return [
+        row("TA", merging.task_arithmetic, scales),
         _shared("products: TA, to the rank", refactored, scales),
-        _shared("products: TIES", products(ties), sparse),
-        _shared(
-            "products: KnOTS",
-            products(lambda taus: merging.knots(taus, rule=ties, svd=config.side_svd)),
-            sparse,
-        ),
-        _shared("products: Iso-C", products(merging.iso_c), tuple(config.iso_scales)),
-    )
+        row("TIES", ties, sparse),
+        row("KnOTS", knots, sparse),
+        row("Iso-C", merging.iso_c, tuple(config.iso_scales)),
+    ]
 
 
 def build(config: ConfigDict) -> zoo.PostHoc:
     """Restored adapters, what else takes their place, and merges that do not return."""
     study = config.study
-    make, rank = _Adapters(study.rank, study.svd), study.rank
+    make, whole = zoo.Adapters(study.cut, study.svd), study.cut is not None
 
-    def item(loras, task):
-        return loras[task]
+    def size(loras):
+        return _largest(study.rank, len(loras))
 
-    def rank_of(loras):
-        cost = merging.rmm_cost(rank, len(loras), _largest(rank, len(loras)))
-        return max(1, int(cost * rank))
+    def less(loras):
+        cost = merging.rmm_cost(study.rank, len(loras), size(loras))
+        return _cut(loras, max(1, int(cost * study.rank)))
 
     rows = [
         zoo.zero_shot(),
         zoo.individual(),
-        _restored("adapters", make, lambda loras: loras, item),
+        make.row("adapters", list, _item),
         *(_rmm(f"RMM, p={p}", make, lambda _, p=p: p) for p in study.sizes),
-        _rmm(
-            "RMM at 0.7",
-            make,
-            lambda loras: _largest(rank, len(loras)),
-        ),
+        _rmm("RMM at 0.7", make, size),
         _rmm("RMM at 0.7, by layer", make, lambda x: merging.rmm_choose(x, 0.7)),
-        _rmm(
-            "RMM at 0.7, aligned",
-            make,
-            lambda loras: _largest(rank, len(loras)),
-            align=True,
-        ),
-        _restored(
-            "adapters of less rank",
-            make,
-            lambda loras: _cut(loras, rank_of(loras)),
-            item,
-        ),
-        _restored(
-            "adapters in NF4",
-            make,
-            _nf4,
-            lambda loras, task: _turned(nf4.dequantize(loras[task])),
-        ),
-        *_merged(make, study),
+        make.row("adapters in NF4", _nf4, _from_nf4),
+        *_apart(make, study),
     ]
-
-    def fidelity(study):
-        _fidelity(study, make)
-
-    return zoo.PostHoc(rows=tuple(rows), analyses=(_claims, fidelity))
+    if whole:  # What needs whole products: those of trained adapters have a start.
+        rows += [
+            _rmm("RMM at 0.7, aligned", make, size, align=True),
+            make.row("adapters of less rank", less, _item),
+            *_together(make, study),
+        ]
+    return zoo.PostHoc(
+        rows=tuple(rows),
+        analyses=(_claims, functools.partial(_fidelity, make=make)),
+    )
 
 
 def _largest(rank: int, tasks: int, budget: float = 0.7) -> int:
@@ -258,6 +201,8 @@ def _claims(study) -> None:
             gain > 0.1,
         )
     for other in ("adapters of less rank", "adapters in NF4"):
+        if other not in score:
+            continue
         gain = ours - score[other]
         study.claim(
             f"RMM at 0.7 of the storage beats {other} in no more room",
@@ -268,27 +213,27 @@ def _claims(study) -> None:
 
 def _fidelity(study, make) -> None:
     """Storage against what comes back, over all sizes of the basis."""
-    taus, count = study.taus["standard"], len(study.names)
-    like = zoo.task_delta(taus, 0)
-    plain = make(taus)
-    ways = {"as they are": plain, "aligned": merging.lora_align(plain)}
-    sizes = [p for p in study.config.study.curve if p < count]
-    rows, errors = [], {}
+    taus, config = study.taus["standard"], study.config.study
+    like, plain = zoo.task_delta(taus, 0), make(taus)
+    ways = {"as they are": plain}
+    if config.cut is not None:
+        ways["aligned"] = merging.lora_align(plain)
+    rows = []
     for way, loras in ways.items():
-        for p in sizes:
+        for p in (p for p in config.curve if p < len(loras)):
             bank = merging.rmm_basis(loras, p)
             accuracy, error, seconds = [], [], []
             for task, lora in enumerate(loras):
                 began = time.perf_counter()
                 restored = jax.block_until_ready(merging.rmm_restore(bank, task))
-                seconds.append(time.perf_counter() - began)
-                found, wanted = _added(like, restored), _added(like, lora)
-                error.append(_distance(found, wanted) / _distance(wanted))
+                seconds.append(1e3 * (time.perf_counter() - began))
+                found, wanted = make.added(like, restored), make.added(like, lora)
+                off = tree.add_scaled(found, wanted, -1.0)
+                error.append(_norm(off) / _norm(wanted))
                 accuracy.append(study.score(found, 1.0, "test", [task]))
-            cost = merging.rmm_cost(make.rank, count, p)
-            means = [float(np.mean(x)) for x in (error, accuracy)]
-            rows.append((way, p, cost, *means, 1e3 * float(np.median(seconds))))
-            errors.setdefault(way, []).append(means[0])
+            cost = merging.rmm_cost(config.rank, len(loras), p)
+            means = (float(np.mean(x)) for x in (error, accuracy))
+            rows.append((way, p, cost, *means, float(np.median(seconds))))
     study.report.add_table(
         report.Table(
             title="Storage and fidelity",
@@ -297,22 +242,11 @@ def _fidelity(study, make) -> None:
             formats={"storage": ".1%", "error": ".3f", "normalised": ".1%"}
             | {"milliseconds": ".2f"},
             caption="Storage relative to the adapters; error |found - wanted| / "
-            "|wanted| of their products, accuracy divided by that of the fully trained "
-            "expert, means over tasks; median time to restore one adapter.",
+            "|wanted| of what is added to the base (of factors, where adapters were "
+            "trained); means over tasks; median time to restore one adapter.",
         )
     )
-    study.report.add_figure(
-        "What restored adapters are off by",
-        report.Lines(
-            x=sizes,
-            series=errors,
-            x_label="vectors p of the basis",
-            y_label="relative error of the product",
-        ),
-    )
 
 
-def _distance(x, y=None) -> float:
-    """Norm of a tree, or of a difference."""
-    moved = x if y is None else tree.add_scaled(x, y, -1.0)
-    return float(tree.gram(jax.tree.map(lambda leaf: leaf[None], moved))[0, 0]) ** 0.5
+def _norm(x) -> float:
+    return float(tree.gram(jax.tree.map(lambda leaf: leaf[None], x))[0, 0]) ** 0.5

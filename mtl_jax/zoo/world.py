@@ -12,6 +12,7 @@ from mtl_jax import data, io, losses, models, train
 from mtl_jax.data import synthetic, wheels
 from mtl_jax.models import heads
 from mtl_jax.train import optim
+from mtl_jax.zoo.adapters import adapted
 from mtl_jax.zoo.encoders import Encoder
 from mtl_jax.zoo.tasks import TaskData, make_task
 
@@ -27,6 +28,7 @@ def world(
     unit_outputs: bool = True,
     pretrain_steps: int = 1500,
     sizes: tuple[int, int, int] = (600, 300, 1000),
+    lora: dict[str, Any] | None = None,
     progress: Any,
 ) -> tuple[Encoder, tuple[TaskData, ...]]:
     """Draws a world, pretrains its encoder, and returns both with the target tasks.
@@ -44,6 +46,7 @@ def world(
         the head alone, as the vision towers of the papers do.
       pretrain_steps: steps of the pretraining.
       sizes: rows of train, validation and test per task.
+      lora: options of `adapted`, for experts that are adapters; None trains all.
       progress: a `report.Progress`.
     """
     if len(sizes) != 3 or min(tasks, hidden, pretrain_steps, *sizes) < 1:
@@ -84,6 +87,8 @@ def world(
         frozen=(),
         rules=((".*", PartitionSpec()),),
     )
+    if lora is not None:
+        encoder = adapted(encoder, **lora)
     return encoder, _targets(bench, drawn)
 
 

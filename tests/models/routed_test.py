@@ -24,16 +24,17 @@ def bert(scan):
     )
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "scan"])
+@pytest.fixture(scope="module", params=["plain", "scan"])
 def case(request, fill):
-    module = bert(request.param)
+    scan = request.param == "scan"
+    module = bert(scan)
     base = fill(module, IDS)
     rng = np.random.default_rng(1)
     taus = jax.tree.map(
         lambda x: jnp.asarray(0.3 * rng.normal(size=(T, *x.shape)), x.dtype), base
     )
-    paths = ["layers/mlp"] if request.param else ["layers_0/mlp"]
-    lead = (2,) if request.param else ()
+    paths = ["layers/mlp"] if scan else ["layers_0/mlp"]
+    lead = (2,) if scan else ()
     return module, base, taus, paths, lead
 
 
@@ -56,7 +57,11 @@ def random_routers(case, **options):
     )
 
 
-@pytest.mark.parametrize("per", ["example", "batch"])
+@pytest.mark.parametrize(
+    ("case", "per"),
+    [("plain", "example"), ("scan", "example"), ("plain", "batch")],
+    indirect=["case"],
+)
 def test_constant_gates_are_a_merge(case, per):
     module, base, taus, paths, _ = case
     model = opened(case)
@@ -77,6 +82,7 @@ def test_constant_gates_are_a_merge(case, per):
         np.testing.assert_allclose(run(constant(case, gates)), want, atol=2e-5)
 
 
+@pytest.mark.parametrize("case", ["scan"], indirect=True)
 def test_every_example_is_routed_by_its_own_tokens(case):
     module = case[0]
     model, routers = opened(case), random_routers(case)
@@ -102,6 +108,7 @@ def test_every_example_is_routed_by_its_own_tokens(case):
     assert np.abs(whole - got).max() > 1e-3
 
 
+@pytest.mark.parametrize("case", ["plain"], indirect=True)
 def test_gradients_reach_routers_alone(case):
     module = case[0]
     model, routers = opened(case), random_routers(case)
@@ -119,6 +126,7 @@ def test_gradients_reach_routers_alone(case):
     assert not any(jnp.any(g != 0) for g in jax.tree.leaves(others))
 
 
+@pytest.mark.parametrize("case", ["scan"], indirect=True)
 def test_smile_with_the_only_task_is_its_expert(case):
     module, base, taus, *_ = case
     one = jax.tree.map(lambda x: x[:1], taus)
