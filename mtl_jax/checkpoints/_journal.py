@@ -76,7 +76,7 @@ class Journal:
             entry = _entry(line)
             if plan is None:
                 plan = entry.get("plan") if entry.get("format") == _FORMAT else None
-            elif "tensor" in entry:
+            elif {"tensor", "pieces"} <= set(entry):
                 finished[entry["tensor"]] = [Piece(*each) for each in entry["pieces"]]
             else:
                 break

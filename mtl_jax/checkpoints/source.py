@@ -209,7 +209,8 @@ def _open_file(path):
 
 def _open_folder(path):
     names = sorted(child.name for child in path.iterdir())
-    if partial := [name for name in names if name.endswith(".partial")]:
+    partial = [name for name in names if name.endswith(".safetensors.partial")]
+    if partial and not {shards.WEIGHTS, shards.INDEX} & set(names):
         raise ValueError(f"{path}: unfinished, it still has {partial[0]}")
     config = shards.read_json(path / CONFIG) if CONFIG in names else None
     if shards.INDEX in names:

@@ -105,11 +105,13 @@ class CheckpointWriter:
 
     def _abandon(self) -> None:
         """Leaves what an earlier run did, and else nothing."""
-        if not self._journal.finished:
-            for file in self._files:
-                self._partial(file).unlink(missing_ok=True)
-            self._journal.remove()
-        self._close()
+        try:
+            if not self._journal.finished:
+                for file in self._files:
+                    self._partial(file).unlink(missing_ok=True)
+                self._journal.remove()
+        finally:
+            self._close()
         if self._new:
             with contextlib.suppress(OSError):
                 self.path.rmdir()
