@@ -53,7 +53,7 @@ SPEC = SystemSpec(
 )
 
 
-def _recipe(study, steps, *, batch_size=None, optimizer=None) -> zoo.Recipe:
+def _recipe(study, steps, batch_size=None, optimizer=None) -> zoo.Recipe:
     return zoo.Recipe(
         steps=steps,
         batch_size=batch_size or study.batch_size,
@@ -64,12 +64,7 @@ def _recipe(study, steps, *, batch_size=None, optimizer=None) -> zoo.Recipe:
 
 
 def _few_recipe(study) -> zoo.Recipe:
-    return _recipe(
-        study,
-        study.few_steps,
-        batch_size=study.few_batch,
-        optimizer=study.few_optimizer,
-    )
+    return _recipe(study, study.few_steps, study.few_batch, study.few_optimizer)
 
 
 def _addition(name, study, *, kind="leaf", parts=None, **options) -> zoo.LearnedModel:
@@ -111,7 +106,7 @@ def _adapted(study) -> zoo.LearnedModel:
 
     def fit(taus, chosen, material):
         del chosen
-        recipe = _recipe(study, study.adapt_steps, batch_size=study.few_batch)
+        recipe = _recipe(study, study.adapt_steps, study.few_batch)
         coeffs = transfer.adapted(taus, material, recipe, tuple(study.views))
         return zoo.Fit(
             task_delta=lambda t: merging.combine(transfer.others(taus, t), coeffs[t])
@@ -178,7 +173,7 @@ def _negation(study) -> None:
         return
     control = study.names.index(config.control)
     material = zoo.Material(study.evaluator, labels=True)
-    recipe = _recipe(config, config.negate_steps, batch_size=config.few_batch)
+    recipe = _recipe(config, config.negate_steps, config.few_batch)
     run, rows = zoo.coefficients(material, transfer.cross_entropy, recipe), []
     for t in (t for t in range(len(study.names)) if t != control):
         vector = jax.tree.map(lambda x, t=t: x[t : t + 1], taus)
