@@ -37,6 +37,8 @@ from mtl_jax.transforms.merging._concrete import (
 )
 from mtl_jax.transforms.merging._dare import dare
 from mtl_jax.transforms.merging._della import della
+from mtl_jax.transforms.merging._doge import doge
+from mtl_jax.transforms.merging._dop import dop
 from mtl_jax.transforms.merging._emr import Emr, emr, emr_restore
 from mtl_jax.transforms.merging._expo import expo
 from mtl_jax.transforms.merging._fisher import (
@@ -140,6 +142,8 @@ __all__ = [
     "consensus_mask",
     "dare",
     "della",
+    "doge",
+    "dop",
     "drop_outliers",
     "emr",
     "emr_restore",
