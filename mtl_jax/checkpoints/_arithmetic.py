@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import jax
 import numpy as np
 
 from mtl_jax.checkpoints import _programs, _ranks, _thresholds
@@ -13,9 +14,9 @@ from mtl_jax.checkpoints._work import Work, floats, halves, is_zero
 _TINY = 1e-7  # Norms below it are not matched.
 
 
-def magnitudes(chunk: Chunk) -> np.ndarray:
+def magnitudes(chunk: Chunk) -> jax.Array:
     """uint32 [T, C], of the task vectors."""
-    return np.asarray(_programs.magnitudes(chunk.data))
+    return _programs.magnitudes(chunk.data)
 
 
 def sampled_magnitudes(values: np.ndarray) -> np.ndarray:
@@ -49,7 +50,7 @@ class Band:
 
     def args(self, chunk: Chunk) -> dict[str, Any]:
         """uint32 [4, T]: bits and limit, twice."""
-        bits = functools.cache(lambda: magnitudes(chunk))
+        bits = functools.cache(lambda: np.asarray(magnitudes(chunk)))
         found = np.zeros((4, len(self._cuts)), np.uint32)
         for t, pair in enumerate(self._cuts):
             for i, cut in enumerate(pair):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 
 from mtl_jax.checkpoints import _programs, _thresholds
@@ -67,8 +68,12 @@ def ram(work: Work) -> None:
     work.emit(lambda c: _programs.ram(c.data, factors, epsilon, dtype=work.dtype))
 
 
-def _variances(chunk: Chunk) -> np.ndarray:
-    return np.asarray(_programs.variances(chunk.data))
+def _variances(chunk: Chunk) -> jax.Array:
+    return _programs.variances(chunk.data)
+
+
+def _row(chunk: Chunk) -> np.ndarray:
+    return np.asarray(_variances(chunk))[0, : chunk.length]
 
 
 def _sampled_variances(values: np.ndarray) -> np.ndarray:
@@ -83,7 +88,7 @@ def _most_varied(work: Work) -> Cut | None:
         return None
     nonzero = 0
     for chunk in work.stream.chunks():
-        nonzero += int(np.count_nonzero(_variances(chunk)[0, : chunk.length]))
+        nonzero += int(np.count_nonzero(_row(chunk)))
     wanted = [[int(nonzero * share)]]
     cuts = _thresholds.select([work.stream], [_variances], _sampled_variances, wanted)
     return cuts[0][0][0]
@@ -98,7 +103,7 @@ def sce(work: Work) -> None:
     def bounds(chunk: Chunk) -> Any:
         if cut is None:
             return None
-        limit = cut.limit(chunk.number, lambda: _variances(chunk)[0, : chunk.length])
+        limit = cut.limit(chunk.number, lambda: _row(chunk))
         return np.array([cut.bits, limit], np.uint32)
 
     squares = work.total(lambda c: _programs.squares(c.data, bounds(c)))

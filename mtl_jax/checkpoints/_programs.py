@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-Select = Literal["all", "band", "coin", "rank", "chance"]
+Select = Literal["all", "band", "coin", "mask", "chance"]
 LANES = 2048
 _MAGNITUDE = 0x7FFFFFFF
 
@@ -58,6 +58,28 @@ def magnitudes(data: jax.Array) -> jax.Array:
     return jnp.stack([_bits(d) for d in _deltas(data)[1]])
 
 
+@jax.jit
+def classify(values: jax.Array, bounds: jax.Array) -> jax.Array:
+    """uint8 [L, K, C]: 0 below a bracket, 1 inside, 2 a common value in it, 3 above.
+
+    Args:
+      values: uint32 [L, C].
+      bounds: uint32 [L, K, 3], low (inclusive), high (exclusive), and the value.
+    """
+
+    def one(row, bound):
+        inside = jnp.where(row == bound[2], jnp.uint8(2), jnp.uint8(1))
+        inside = jnp.where(row >= bound[0], inside, jnp.uint8(0))
+        return jnp.where(row >= bound[1], jnp.uint8(3), inside)
+
+    return jnp.stack(
+        [
+            jnp.stack([one(values[i], bounds[i, j]) for j in range(bounds.shape[1])])
+            for i in range(bounds.shape[0])
+        ]
+    )
+
+
 def _mix(x: jax.Array) -> jax.Array:
     """A bijection of 32 bits in which every bit changes about half of the others."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
@@ -86,34 +108,88 @@ def _banded(x: jax.Array, cuts: jax.Array, index: jax.Array) -> jax.Array:
     return low & ~high
 
 
-def _ranked(x: jax.Array, u: jax.Array, chance: Any, rows: Any, order: Any):
-    """Whether u lies below a probability that grows with the rank of |x| in its row.
+def _share(u: jax.Array) -> jax.Array:
+    """Uniform in [0, 1)."""
+    return (u >> 8).astype(jnp.float32) * jnp.float32(2**-24)
 
-    Where u = low + (high - low) q / (n - 1), an entry is kept if its rank exceeds q;
-    that is, if it is not below the one of rank m = floor(q) + 1. Entries that equal it
-    and the one before share their ranks: a bit of u decides, which gives each of them
-    the probability of their mean rank.
+
+@jax.jit
+def rank_places(
+    order: jax.Array, keys: jax.Array, start: jax.Array, chances: jax.Array, rows: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Draws a rank for every entry, to be kept if it is of that rank or above.
+
+    With u = low + (high - low) q / (n - 1) the chance of the rank r exceeds u where
+    r > q: where the entry is not below the one of rank floor(q) + 1.
 
     Args:
-      x: [C].
-      u: uint32 [C].
-      chance: float32 [2], low and high.
+      order: uint32 [T, C], magnitudes in ascending order in their rows.
+      keys: uint32 [T, 2].
+      start: uint32 [2], of the chunk.
+      chances: float32 [T, 2], low and high.
       rows: int32 [2, C], index of the first entry of the row, and its last rank.
-      order: uint32 [C], rows of 2 |x| in ascending order, odd where the one before
-        is equal.
+
+    Returns:
+      uint32 [T, C], twice the magnitudes, and 1 more where the one before is equal; and
+      int32 [T, C], the place of the rank drawn in them.
     """
     first, last = rows
-    share = (u >> 8).astype(jnp.float32) * jnp.float32(2**-24)
-    low, high = chance[0], chance[1]
-    spread = jnp.where(high > low, high - low, 1)
-    q = (share - low) / spread * last.astype(jnp.float32)
-    step = jnp.clip(jnp.floor(q).astype(jnp.int32) + 1, 0, last)
-    edge = jnp.take(order, first + step, mode="clip")
-    own = _bits(x) << 1
-    reaches = (own >= edge) | ((own + 1 == edge) & ((u & 1) == 1))
-    # A row of one entry has no order.
-    inside = jnp.where(last > 0, reaches, share < (low + high) / 2)
-    return (share < low) | ((share < high) & inside)
+    again = jnp.concatenate([jnp.zeros_like(order[:, :1]), order[:, :-1]], axis=1)
+    places = []
+    for t in range(order.shape[0]):
+        share = _share(random_bits(keys[t], start, order.shape[1]))
+        low, high = chances[t]
+        spread = jnp.where(high > low, high - low, jnp.float32(1))
+        q = jnp.floor((share - low) / spread * last.astype(jnp.float32))
+        places.append(first + jnp.clip(q.astype(jnp.int32) + 1, 0, last))
+    return (order << 1) | (order == again).astype(jnp.uint32), jnp.stack(places)
+
+
+@jax.jit
+def look_up(values: jax.Array, places: jax.Array) -> jax.Array:
+    """values[t, places[t]]; on its own, as nothing that it is fused with vectorises."""
+    return jnp.stack(
+        [
+            row.at[place].get(mode="promise_in_bounds")
+            for row, place in zip(values, places, strict=True)
+        ]
+    )
+
+
+@jax.jit
+def rank_mask(
+    values: jax.Array,
+    edges: jax.Array,
+    keys: jax.Array,
+    start: jax.Array,
+    chances: jax.Array,
+    rows: jax.Array,
+) -> jax.Array:
+    """Which entries are kept: uint8 [ceil(T / 8), C], bit t % 8 of t // 8.
+
+    Of equals, those at the first of their ranks keep each other, and at the others a
+    bit decides: so each has the chance of their mean rank.
+
+    Args:
+      values: uint32 [T, C], magnitudes.
+      edges: uint32 [T, C], twice the magnitude of the rank drawn, odd where the one
+        before is equal.
+      keys: as in `rank_places`, and so are the others.
+      start: of the chunk.
+      chances: low and high.
+      rows: index of the first entry of the row, and its last rank.
+    """
+    packed = [jnp.zeros(values.shape[1], jnp.uint8)] * -(-len(values) // 8)
+    for t in range(len(values)):
+        u = random_bits(keys[t], start, values.shape[1])
+        share, own = _share(u), values[t] << 1
+        low, high = chances[t]
+        reaches = (own >= edges[t]) | ((own + 1 == edges[t]) & ((u & 1) == 1))
+        # A row of one entry has no order.
+        inside = jnp.where(rows[1] > 0, reaches, share < (low + high) / 2)
+        keep = (share < low) | ((share < high) & inside)
+        packed[t // 8] |= keep.astype(jnp.uint8) << (t % 8)
+    return jnp.stack(packed)
 
 
 def _kept(select: Select, deltas: list[jax.Array], args: Any) -> list[jax.Array]:
@@ -126,17 +202,15 @@ def _kept(select: Select, deltas: list[jax.Array], args: Any) -> list[jax.Array]
     for t, x in enumerate(deltas):
         if select == "band":
             keep = _banded(x, args["cuts"][:, t], index)
+        elif select == "mask":
+            keep = (args["mask"][t // 8] >> (t % 8)) & 1 == 1
         else:
             u = random_bits(args["keys"][t], args["start"], length)
             if select == "coin":
                 keep = (u < args["edges"][t]) | args["always"][t]
-            elif select == "rank":
-                order, chance = args["order"][t], args["chances"][t]
-                keep = _ranked(x, u, chance, args["rows"], order)
             else:
-                share = (u >> 8).astype(jnp.float32) * jnp.float32(2**-24)
                 x = x / args["chance"][t]
-                keep = share < args["chance"][t]
+                keep = _share(u) < args["chance"][t]
         found.append(jnp.where(keep, x, jnp.float32(0)))
     return found
 

@@ -2,10 +2,11 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 
 from mtl_jax.checkpoints import _programs
-from mtl_jax.checkpoints._stream import Chunk
+from mtl_jax.checkpoints._stream import KEPT, Chunk
 from mtl_jax.checkpoints._work import Work, halves
 
 
@@ -31,19 +32,16 @@ class _Rows:
         self._length = max(work.stream.row, 1)
         self._buffers = work.buffers
 
-    def _sorted_rows(self, chunk: Chunk, lanes: np.ndarray) -> np.ndarray:
-        """[T, rows, length] of [T, C]."""
-        return lanes[:, : chunk.length].reshape(len(lanes), -1, self._length)
-
 
 class Ranks(_Rows):
     """Draws against order statistics: an entry is kept if it is not below a random one.
 
     The row is sorted, but no entry looks for its own rank. Equals share the mean of
-    their ranks.
+    their ranks. What was drawn is kept for later passes, one bit per entry and task,
+    unless the tensor is too large for that.
     """
 
-    kind = "rank"
+    kind = "mask"
 
     def __init__(self, work: Work):
         super().__init__(work)
@@ -51,23 +49,28 @@ class Ranks(_Rows):
         index = np.arange(padded, dtype=np.int32)
         first = index // self._length * self._length
         self._places = np.stack([first, np.full_like(first, self._length - 1)])
+        self._keeps = work.stream.size * -(-work.count // 8) <= KEPT
+        self._masks: dict[int, np.ndarray] = {}
 
     def args(self, chunk: Chunk) -> dict[str, Any]:
-        """Keys, chances, rows, and magnitudes in the order of their rows."""
-        values = np.asarray(_programs.magnitudes(chunk.data))
-        order = self._buffers.get("order", values.shape, values.dtype)
-        rows = self._sorted_rows(chunk, order)
-        rows[...] = np.sort(self._sorted_rows(chunk, values), axis=-1)
-        repeated = rows[..., 1:] == rows[..., :-1]
-        rows <<= np.uint32(1)
-        rows[..., 1:] |= repeated
-        return {
-            "keys": self._keys,
-            "start": halves(chunk.start),
-            "chances": self._chance,
-            "rows": self._places,
-            "order": order,
-        }
+        """The mask of what was drawn."""
+        mask = self._masks.get(chunk.number)
+        if mask is None:
+            mask = np.asarray(self._draw(chunk))
+            if self._keeps:
+                self._masks[chunk.number] = mask
+        return {"mask": mask}
+
+    def _draw(self, chunk: Chunk) -> jax.Array:
+        values = _programs.magnitudes(chunk.data)
+        order = self._buffers.get("order", values.shape, np.dtype(np.uint32))
+        order[...] = values
+        # In place, row by row.
+        for lane in order:
+            lane[: chunk.length].reshape(-1, self._length).sort(axis=-1)
+        drawn = (self._keys, halves(chunk.start), self._chance, self._places)
+        edges = _programs.look_up(*_programs.rank_places(order, *drawn))
+        return _programs.rank_mask(values, edges, *drawn)
 
 
 class Chances(_Rows):
@@ -79,11 +82,12 @@ class Chances(_Rows):
         """Keys, and the chance of every entry."""
         values = np.asarray(_programs.magnitudes(chunk.data))
         chance = np.ones(values.shape, np.float32)
-        rows = self._sorted_rows(chunk, chance)
+        shape = (len(values), -1, self._length)
+        rows = chance[:, : chunk.length].reshape(shape)
         low, high = self._chance.T[..., None, None]
         last = self._length - 1
         if last:
-            ranks = mean_ranks(self._sorted_rows(chunk, values))
+            ranks = mean_ranks(values[:, : chunk.length].reshape(shape))
             rows[...] = low + (high - low) * (ranks / np.float32(last))
         else:
             rows[...] = (low + high) / 2

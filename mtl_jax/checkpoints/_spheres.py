@@ -48,7 +48,7 @@ def gram(work: Work, *, based: bool) -> Gram:
     inner[upper] = sums if np.ndim(sums) else 0.0
     inner.T[upper] = inner[upper]
     change = np.eye(count)
-    change[1:, 0] = 1
+    change[1:, 0] = not based  # Differences to the base are the vectors themselves.
     return Gram(change @ inner @ change.T, inner)
 
 

@@ -1,6 +1,5 @@
 """Chunks of one tensor of all models, side by side in a buffer that is used again."""
 
-import gc
 import math
 import threading
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ _INFINITY = {
     np.dtype(np.float16): 0x7C00,
     np.dtype(np.float32): 0x7F800000,
 }
+KEPT = 48 << 20  # Bytes of a tensor, all models, that are read only once.
 _ALIGN = 64  # Arrays that start at multiples of it are passed without a copy.
 _FLOAT32 = np.dtype(np.float32)
 
@@ -30,8 +30,8 @@ class Chunk(NamedTuple):
       number: of the chunk in its tensor.
       start: index of its first entry.
       length: how many entries.
-      data: [M, C], of which [:, :length] are entries and the rest is zero. It is
-        overwritten by the next chunk.
+      data: [M, C], of which [:, :length] are entries and the rest is zero. The next
+        chunk may overwrite it.
     """
 
     number: int
@@ -41,28 +41,30 @@ class Chunk(NamedTuple):
 
 
 class Buffers(threading.local):
-    """Aligned arrays, one for every shape and thread."""
+    """Aligned memory that every thread uses again and again.
+
+    Attributes:
+      owner: the stream whose tensor is kept in it, if one is.
+    """
 
     def __init__(self) -> None:
-        self._arrays: dict[Any, np.ndarray] = {}
+        self._raw: dict[str, np.ndarray] = {}
+        self.owner: Any = None
 
     def get(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """An array that this thread had before, or a new one."""
-        key = (name, shape, dtype)
-        if key not in self._arrays:
-            # Of every kind only the last shape is kept.
-            for other in [k for k in self._arrays if k[0] == name]:
-                del self._arrays[other]
-            self._arrays[key] = aligned(shape, dtype)
-        return self._arrays[key]
+        """An array of this thread; what it was before is lost."""
+        size = math.prod(shape) * dtype.itemsize
+        raw = self._raw.get(name)
+        if raw is None or raw.size < size:
+            raw = self._raw[name] = _aligned(size)
+        return raw[:size].view(dtype).reshape(shape)
 
 
-def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array of zeros that programs take without copying."""
-    size = math.prod(shape) * dtype.itemsize
+def _aligned(size: int) -> np.ndarray:
+    """Bytes, zero, that programs take without copying."""
     raw = np.zeros(size + _ALIGN, np.uint8)
     offset = -raw.ctypes.data % _ALIGN
-    return raw[offset : offset + size].view(dtype).reshape(shape)
+    return raw[offset : offset + size]
 
 
 def finite(values: np.ndarray) -> bool:
@@ -114,7 +116,7 @@ class Stream:
         return self.row, 1 << (self.row - 1).bit_length()
 
     def chunks(self, *, rows: bool = False) -> Iterator[Chunk]:
-        """Reads the tensor once.
+        """Goes through the tensor once; a small one is kept, others are read again.
 
         Args:
           rows: a chunk holds whole rows.
@@ -123,21 +125,30 @@ class Stream:
           ValueError: an entry is not finite, in the first pass where that is checked.
         """
         step, padded = self.bounds(rows=rows)
-        shape = (len(self.job.views), padded)
-        data = self._buffers.get("chunk", shape, self.dtype)
-        unchecked, self._unchecked = self._unchecked, False
+        count, models = -(-self.size // step), len(self.job.views)
+        kept = count * models * padded * self.dtype.itemsize <= KEPT
+        shape = (count if kept else 1, models, padded)
+        data = self._buffers.get("chunks", shape, self.dtype)
+        ready = self._buffers.owner == (self, rows)
+        self._buffers.owner = None
+        check, self._unchecked = self._unchecked, False
         for number, start in enumerate(range(0, self.size, step)):
             length = min(step, self.size - start)
-            for index, view in enumerate(self.job.views):
-                part = view.flat(start, start + length)
-                _copy(data[index, :length], part)
-                if unchecked and not finite(data[index, :length]):
-                    raise ValueError(
-                        f"{self.job.rule}: {self.job.name!r}: NaN or infinity in "
-                        f"{self.job.model(index)}"
-                    )
-            data[:, length:].view(np.uint8)[...] = 0
-            yield Chunk(number, start, length, data)
+            part = data[number if kept else 0]
+            if not ready:
+                self._read(part, start, length, check)
+            yield Chunk(number, start, length, part)
+        self._buffers.owner = (self, rows) if kept else None
+
+    def _read(self, data: np.ndarray, start: int, length: int, check: bool) -> None:
+        for index, view in enumerate(self.job.views):
+            _copy(data[index, :length], view.flat(start, start + length))
+            if check and not finite(data[index, :length]):
+                raise ValueError(
+                    f"{self.job.rule}: {self.job.name!r}: NaN or infinity in "
+                    f"{self.job.model(index)}"
+                )
+        data[:, length:].view(np.uint8)[...] = 0
 
     def sample(self, step: int) -> np.ndarray:
         """Every so many entries, float32 [M, n].
@@ -146,35 +157,24 @@ class Stream:
         """
         while step > 1 and math.gcd(step, max(self.row, 1)) > 1:
             step += 1
-        found, offset = [], 0
-        for start in range(0, self.size, self._chunk):
-            stop = min(start + self._chunk, self.size)
-            if offset < stop - start:
-                found.append(
-                    np.stack(
-                        [
-                            np.asarray(view.flat(start, stop))[offset::step].astype(
-                                np.float32
-                            )
-                            for view in self.job.views
-                        ]
-                    )
-                )
-            offset = (offset - (stop - start)) % step
-        if not found:
-            return np.zeros((len(self.job.views), 0), np.float32)
+        found, offset = [np.zeros((len(self.job.views), 0), np.float32)], 0
+        for chunk in self.chunks():
+            if offset < chunk.length:
+                # Contiguous first: a cast with strides is many times slower.
+                part = _bits(chunk.data)[:, offset : chunk.length : step].copy()
+                found.append(part.view(self.dtype).astype(np.float32))
+            offset = (offset - chunk.length) % step
         return np.concatenate(found, axis=1)
+
+
+def _bits(x: np.ndarray) -> np.ndarray:
+    """The same memory as unsigned integers."""
+    return x.view(_UNSIGNED[x.dtype.itemsize])
 
 
 def _copy(out: np.ndarray, part: np.ndarray) -> None:
     part = np.asarray(part)
     if part.dtype == out.dtype:
-        kind = _UNSIGNED[out.dtype.itemsize]
-        out.view(kind)[...] = part.view(kind)
+        _bits(out)[...] = _bits(part)
     else:
         out[...] = part.astype(np.float32)
-
-
-def release() -> None:
-    """Gives back what whole tensors occupied."""
-    gc.collect()

@@ -14,8 +14,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
+from mtl_jax.checkpoints import _programs
 from mtl_jax.checkpoints._stream import Chunk, Stream
 
 ALL = 0xFFFFFFFF
@@ -25,7 +27,7 @@ _MANY = 1 << 20
 _SIGMAS = 4.5
 _SHIFT = 15
 
-Lanes = Callable[[Chunk], np.ndarray]
+Lanes = Callable[[Chunk], jax.Array]
 Sampled = Callable[[np.ndarray], np.ndarray]
 
 
@@ -61,23 +63,27 @@ class Cut:
 
 
 class Bracket(NamedTuple):
-    """Values from `low` to below `high`."""
+    """Values from `low` to below `high`, of which `value` is expected to be common."""
 
     low: int
     high: int
+    value: int
 
 
 class _Inside(NamedTuple):
-    """Values of a chunk that lie in the bracket; how often, if not once each."""
+    """Values of a chunk that lie in a bracket, and how many more equal `value`."""
 
     values: np.ndarray
-    counts: np.ndarray | None
+    value: int
+    count: int
 
     def equal(self, bits: int) -> int:
-        hit = self.values == np.uint32(bits)
-        if self.counts is None:
-            return int(np.count_nonzero(hit))
-        return int(self.counts[hit].sum())
+        found = int(np.count_nonzero(self.values == np.uint32(bits)))
+        return found + (self.count if bits == self.value else 0)
+
+    def larger(self, bits: int) -> int:
+        found = int(np.count_nonzero(self.values > np.uint32(bits)))
+        return found + (self.count if self.value > bits else 0)
 
 
 @dataclasses.dataclass
@@ -87,16 +93,12 @@ class Tally:
     above: int = 0
     inside: list[_Inside] = dataclasses.field(default_factory=list)
 
-    def add(self, row: np.ndarray, bracket: Bracket) -> None:
-        """Counts and collects a chunk."""
-        low, width = np.uint32(bracket.low), np.uint32(bracket.high - bracket.low)
-        values = row[(row - low) < width]
-        if bracket.high < _TOP:
-            self.above += int(np.count_nonzero(row >= np.uint32(bracket.high)))
-        if values.size > row.size // 8:
-            self.inside.append(_Inside(*np.unique(values, return_counts=True)))
-        else:
-            self.inside.append(_Inside(values, None))
+    def add(self, row: np.ndarray, classes: np.ndarray, value: int) -> None:
+        """Counts and collects a chunk, [n], by its classes."""
+        self.above += int(np.count_nonzero(classes == 3))
+        count = int(np.count_nonzero(classes == 2))
+        values = row[np.flatnonzero(classes == 1)]
+        self.inside.append(_Inside(values, value, count))
 
 
 def brackets(sample: np.ndarray, total: int, wanted: Sequence[int]) -> list[Bracket]:
@@ -116,7 +118,9 @@ def brackets(sample: np.ndarray, total: int, wanted: Sequence[int]) -> list[Brac
         first, last = math.floor(place - room), math.ceil(place + room)
         high = int(sample[first]) + 1 if 0 <= first < sample.size else _TOP
         low = int(sample[last]) if 0 <= last < sample.size else 1
-        found.append(Bracket(min(max(low, 1), high), high))
+        low = min(max(low, 1), high)
+        middle = int(sample[min(int(place), sample.size - 1)]) if sample.size else 0
+        found.append(Bracket(low, high, min(max(middle, low), high - 1)))
     return found
 
 
@@ -130,53 +134,47 @@ def tally(
 ) -> list[list[Tally]]:
     """One pass over a tensor, for all lanes and all brackets of each."""
     found = [[Tally() for _ in lane] for lane in wanted]
+    bounds = np.array(wanted, np.uint32)
     for chunk in stream.chunks():
         values = lanes(chunk)
-        for row, lane, tallies in zip(values, wanted, found, strict=True):
-            for bracket, one in zip(lane, tallies, strict=True):
-                one.add(row[: chunk.length], bracket)
+        classes = np.asarray(_programs.classify(values, bounds))
+        rows = np.asarray(values)[:, : chunk.length]
+        for i, row in enumerate(rows):
+            for j, one in enumerate(found[i]):
+                one.add(row, classes[i, j, : chunk.length], wanted[i][j].value)
     return found
 
 
-def _kth(tallies: Sequence[Tally], k: int, low: int) -> tuple[int, int] | None:
-    """The k-th largest value, and how many larger ones there are; None: not inside.
+def _kth(tallies: Sequence[Tally], k: int, bracket: Bracket) -> int | None:
+    """The k-th largest value; None: it is not inside.
 
     Past the smallest value of a bracket that begins at 1 come zeros.
     """
     rest = k - sum(t.above for t in tallies)
     parts = [part for t in tallies for part in t.inside]
+    values = np.concatenate([p.values for p in parts] or [np.zeros(0, np.uint32)])
+    common = sum(p.count for p in parts)
     if rest <= 0:
         return None
-    values = np.concatenate([p.values for p in parts] or [np.zeros(0, np.uint32)])
-    if all(p.counts is None for p in parts):
-        if rest <= values.size:
-            place = values.size - rest
-            bits = int(np.partition(values, place)[place])
-            return bits, k - rest + int(np.count_nonzero(values > np.uint32(bits)))
-    else:
-        counts = np.concatenate(
-            [
-                np.ones(p.values.size, int) if p.counts is None else p.counts
-                for p in parts
-            ]
-        )
-        order = np.argsort(values)[::-1]
-        cumulative = np.cumsum(counts[order])
-        if cumulative.size and rest <= cumulative[-1]:
-            bits = int(values[order[np.searchsorted(cumulative, rest)]])
-            larger = int(counts[values > np.uint32(bits)].sum())
-            return bits, k - rest + larger
-    return (0, 0) if low <= 1 else None
+    larger = int(np.count_nonzero(values > np.uint32(bracket.value)))
+    if larger < rest <= larger + common:
+        return bracket.value
+    if rest > larger:
+        rest -= common
+    if rest > values.size:
+        return 0 if bracket.low <= 1 else None
+    place = values.size - rest
+    return int(np.partition(values, place)[place])
 
 
 def solve(tallies: Sequence[Tally], k: int, bracket: Bracket) -> list[Cut] | None:
     """The cut of each tensor that together keep the k largest; None: wrong bracket."""
-    found = _kth(tallies, k, bracket.low)
-    if found is None:
+    bits = _kth(tallies, k, bracket)
+    if bits is None:
         return None
-    bits, larger = found
     if bits == 0:
         return [Cut(0) for _ in tallies]
+    larger = sum(t.above + sum(p.larger(bits) for p in t.inside) for t in tallies)
     equals = [[part.equal(bits) for part in t.inside] for t in tallies]
     need, cuts = k - larger, []
     for one in equals:
@@ -193,11 +191,12 @@ def _coarse(
     counts = np.zeros(_TOP >> _SHIFT, np.int64)
     for stream, values in zip(streams, lanes, strict=True):
         for chunk in stream.chunks():
-            row = values(chunk)[lane][: chunk.length]
+            row = np.asarray(values(chunk))[lane, : chunk.length]
             counts += np.bincount(row >> np.uint32(_SHIFT), minlength=counts.size)
     above = np.cumsum(counts[::-1])
     place = counts.size - 1 - int(np.searchsorted(above, k))
-    return Bracket(max(place << _SHIFT, 1), (place + 1) << _SHIFT)
+    low, high = max(place << _SHIFT, 1), (place + 1) << _SHIFT
+    return Bracket(low, high, low)
 
 
 def select(
@@ -211,8 +210,8 @@ def select(
 
     Args:
       streams: the tensors.
-      lanes: for each of them, the values of a chunk, uint32 [L, C]; one lane per model
-        or statistic.
+      lanes: for each of them, the values of a chunk, uint32 [L, C] on the device; one
+        lane per model or statistic.
       sampled: the same for float32 values [M, n] of a sample.
       wanted: per lane the k's, from 0 to the number of entries.
       run: maps a function over streams and lanes, in order.
@@ -244,11 +243,10 @@ def _one(streams, lanes, tallies, i, j, k, bracket, total) -> list[Cut]:
     found = solve([t[i][j] for t in tallies], k, bracket)
     if found is None:
         bracket = _coarse(streams, lanes, i, k)
-        again = []
-        for stream, values in zip(streams, lanes, strict=True):
-            one = Tally()
-            for chunk in stream.chunks():
-                one.add(values(chunk)[i][: chunk.length], bracket)
-            again.append(one)
+        only = [[bracket]]
+        again = [
+            tally(stream, lambda c, v=values: v(c)[i : i + 1], only)[0][0]
+            for stream, values in zip(streams, lanes, strict=True)
+        ]
         found = solve(again, k, bracket) or []
     return found

@@ -20,6 +20,7 @@ import numpy as np
 from mtl_jax.checkpoints import (
     _arithmetic,
     _elementwise,
+    _memory,
     _spheres,
     _whole,
 )
@@ -192,6 +193,7 @@ def run(
         that are not finite, naming tensor and model.
     """
     began = time.perf_counter()
+    _memory.keep_freed_memory()
     names = collections.Counter(job.name for job in jobs)
     for job in jobs:
         check(job)
