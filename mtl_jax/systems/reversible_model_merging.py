@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 from mtl_jax import report, tree, zoo
 from mtl_jax.catalog import SystemSpec
 from mtl_jax.transforms import merging
-from mtl_jax.transforms.quantization import nf4
 
 SPEC = SystemSpec(
     name="reversible-model-merging",
@@ -68,21 +67,6 @@ def _rmm(name, make, basis, *, align=False) -> zoo.TaskModels:
 
 def _item(loras, task):
     return loras[task]
-
-
-def _turned(adapter):
-    """Long axes last, where blocks of a quantiser lie."""
-    return tree.map_with_path(
-        lambda name, x: jnp.swapaxes(x, -1, -2) if name.endswith("/a") else x, adapter
-    )
-
-
-def _nf4(loras):
-    return [nf4.quantize(_turned(x), ".") for x in loras]
-
-
-def _from_nf4(loras, task):
-    return _turned(nf4.dequantize(loras[task]))
 
 
 def _cut(loras, rank):
@@ -168,7 +152,7 @@ def build(config: ConfigDict) -> zoo.PostHoc:
         *(_rmm(f"RMM, p={p}", make, lambda _, p=p: p) for p in study.sizes),
         _rmm("RMM at 0.7", make, size),
         _rmm("RMM at 0.7, by layer", make, lambda x: merging.rmm_choose(x, 0.7)),
-        make.row("adapters in NF4", _nf4, _from_nf4),
+        make.row("adapters in NF4", zoo.nf4_adapters, zoo.from_nf4),
         *_apart(make, study),
     ]
     if whole:  # What needs whole products: those of trained adapters have a start.

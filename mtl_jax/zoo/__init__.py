@@ -1,7 +1,7 @@
 """Families of experts from one base, cached, and the rows that merge them."""
 
 from mtl_jax.zoo import diagnostics, transfer
-from mtl_jax.zoo.adapters import Adapters, adapted
+from mtl_jax.zoo.adapters import Adapters, adapted, from_nf4, nf4_adapters
 from mtl_jax.zoo.clip import clip, require_weights, text_heads
 from mtl_jax.zoo.encoders import Encoder, class_means, minilm, small_vit
 from mtl_jax.zoo.evaluate import Evaluator
@@ -48,12 +48,14 @@ __all__ = [
     "clip",
     "coefficients",
     "diagnostics",
+    "from_nf4",
     "individual",
     "learn",
     "load_tasks",
     "logits_fn",
     "make_task",
     "minilm",
+    "nf4_adapters",
     "open_gguf",
     "open_zoo",
     "perturb",

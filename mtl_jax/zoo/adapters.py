@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from mtl_jax import tree
 from mtl_jax.transforms import merging
 from mtl_jax.transforms.adapters import lora
+from mtl_jax.transforms.quantization import nf4
 from mtl_jax.zoo.encoders import Encoder
 from mtl_jax.zoo.rows import TaskModels, task_delta
 
@@ -127,6 +128,23 @@ class Adapters:
             return self.added(state[1], restore(state[0], task))
 
         return TaskModels(name=name, prepare=prepare, delta=delta, bits=bits)
+
+
+def nf4_adapters(loras: Sequence[Any]) -> list[Any]:
+    """Adapters in 4 bits and a scale for every 64 values along their long axes."""
+    return [nf4.quantize(_turned(each), ".") for each in loras]
+
+
+def from_nf4(kept: Sequence[Any], task: int) -> Any:
+    """One adapter of `nf4_adapters`."""
+    return _turned(nf4.dequantize(kept[task]))
+
+
+def _turned(adapter):
+    """Long axes last, where the blocks of the quantiser lie; and back."""
+    return tree.map_with_path(
+        lambda name, x: jnp.swapaxes(x, -1, -2) if name.endswith("/a") else x, adapter
+    )
 
 
 @jax.jit
