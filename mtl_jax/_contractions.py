@@ -22,7 +22,7 @@ def weighted_sum(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def products(x: jax.Array, y: jax.Array) -> jax.Array:
-    """[T, ...] twice -> inner products between tasks [T, T] float32."""
+    """[T, ...] and [U, ...] -> inner products between tasks [T, U] float32."""
     # Slicing a flat view would gather a sharded leaf; one device shards nothing.
     if jax.device_count() > 1 or x.size <= _GRAM_BLOCK:
         return _products(x, y)
@@ -69,7 +69,7 @@ def _sum_bits_jvp(primals, tangents):
 
 
 def _products(x: jax.Array, y: jax.Array) -> jax.Array:
-    """[T, ...] twice -> [T, T] in one contraction, without reshaping sharded axes."""
+    """[T, ...], [U, ...] -> [T, U] in one contraction; no sharded axis is reshaped."""
     axes = tuple(range(1, x.ndim))
     dims = ((axes, axes), ((), ()))
     return jax.lax.dot_general(
@@ -80,12 +80,12 @@ def _products(x: jax.Array, y: jax.Array) -> jax.Array:
 @jax.custom_jvp
 def _products_blocked(x: jax.Array, y: jax.Array) -> jax.Array:
     """The same by slices of the flat views: fast where memory is cached."""
-    count, length = x.shape[0], x[0].size
+    count, length = max(x.shape[0], y.shape[0]), x[0].size
     block = max(_GRAM_BLOCK // count // 128 * 128, _GRAM_COLUMNS)
     blocks = length // block
 
     def view(x):
-        x = x.reshape(count, -1)
+        x = x.reshape(x.shape[0], -1)
         narrow = x.dtype.itemsize == 2
         return jax.lax.bitcast_convert_type(x, jnp.uint16) if narrow else x
 
@@ -100,7 +100,7 @@ def _products_blocked(x: jax.Array, y: jax.Array) -> jax.Array:
 
     def add(i, total):
         parts = (
-            jax.lax.dynamic_slice(v, (0, i * block), (count, block)) for v in views
+            jax.lax.dynamic_slice(v, (0, i * block), (v.shape[0], block)) for v in views
         )
         return total + of_parts(*parts)
 

@@ -86,7 +86,7 @@ def get_config(variant: str = "demo") -> ConfigDict:
                     "vision": "digits",
                     "paper": "sun397",
                 }.get(variant, "task0"),
-                "budgets": (1, 2, 4),
+                "budgets": (1, 2),
                 "scales": presets.SCALES if variant == "demo" else presets.FINE_SCALES,
                 "sparse_scales": presets.SPARSE_SCALES,
                 "seed": 0,

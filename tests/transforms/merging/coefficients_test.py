@@ -329,3 +329,14 @@ PART = jnp.zeros((2, 3), jnp.int32)
 def test_what_does_not_fit_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_large_leaves_on_one_device_have_the_same_slopes(monkeypatch):
+    """There the products are formed by slices, of T rows with one."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(T, 300, 200)).astype(np.float32)
+    g = rng.normal(size=(300, 200)).astype(np.float32)
+    found = merging.coefficient_grads({"w": x}, {"w": g})["w"]
+    want = np.tensordot(x.astype(np.float64), g.astype(np.float64), 2)
+    np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-2)
