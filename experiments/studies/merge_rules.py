@@ -1,0 +1,260 @@
+"""Every merge rule on one zoo of experts: one table, several seeds.
+
+python experiments/studies/merge_rules.py text --seeds 0 1 2
+
+Suites: text (eight real text tasks, MiniLM), vision (four real image tasks, a small
+ViT), world (eight synthetic tasks, an MLP). A seed trains new experts. Each rule stands
+at its defaults; its strength, one number, is chosen on validation rows from the grid of
+its kind. Experts and accuracies are remembered, so a study that was stopped goes on.
+The numbers go to OUT/merge_rules-SUITE.json, Markdown for experiments/RESULTS.md to the
+terminal, the report with its plots to WORKDIR.
+"""
+
+import argparse
+import collections
+import json
+import pathlib
+import statistics
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from mtl_jax import merging, report, tree, zoo
+from mtl_jax.run import dispatch
+from mtl_jax.run import study as study_lib
+from mtl_jax.zoo import presets
+
+SUITES = {"text": presets.text, "vision": presets.vision, "world": presets.world}
+SUM = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+MEAN = (0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
+KEY = jax.random.key(0)
+Rule = Callable[[Any], Any]
+
+# Rules whose result is a sum over tasks, and those whose result is a mean.
+SUMS: dict[str, Rule] = {
+    "task arithmetic": merging.task_arithmetic,
+    "TIES, sum": lambda t: merging.ties(t, reduce="sum"),
+    "DARE 0.5": lambda t: merging.dare(t, density=0.5, key=KEY),
+    "DARE 0.2": lambda t: merging.dare(t, density=0.2, key=KEY),
+    "breadcrumbs": lambda t: merging.breadcrumbs(t, axis=merging.unit_axis),
+    "consensus 2": lambda t: merging.consensus(t, scale=0.4),
+    "trust region": merging.trust_region,
+    "LiNeS": lambda t: merging.lines(merging.task_arithmetic(t), first=0.3, last=1.0),
+    "TSV-M": merging.tsv_merge,
+    "Iso-C": merging.iso_c,
+    "Iso-CTS": merging.iso_cts,
+    "SVC": merging.svc,
+    "OPCM": merging.opcm,
+    "WUDI": merging.wudi,
+    "RAM": merging.ram,
+    "RAM+": merging.ram_plus,
+}
+MEANS: dict[str, Rule] = {
+    "average": merging.average,
+    "TIES": merging.ties,
+    "TIES, per leaf": lambda t: merging.ties(t, scope="leaf"),
+    "DARE-TIES 0.5": lambda t: merging.dare(
+        t, density=0.5, key=KEY, elect="sum", reduce="disjoint_mean"
+    ),
+    "DELLA 0.5": lambda t: merging.della(
+        t, density=0.5, key=KEY, axis=merging.unit_axis
+    ),
+    "SCE 0.5": lambda t: merging.sce(t, density=0.5),
+    "PCB": merging.pcb,
+    "MagMax": merging.magmax,
+    "Model Stock": merging.model_stock,
+    "KnOTS-TIES": merging.knots,
+    "SLERP chain": merging.slerp_chain,
+}
+# Means of parameters on spheres, not of task vectors.
+SPHERES: dict[str, Rule] = {
+    "Karcher": merging.karcher,
+    "multi-SLERP": merging.multislerp,
+}
+
+
+def _shared(name: str, rule: Rule, scales: tuple[float, ...]) -> zoo.SharedModel:
+    return zoo.SharedModel(name=name, delta=lambda taus, _: rule(taus), scales=scales)
+
+
+def _on_sphere(name: str, rule: Rule, base: Any) -> zoo.SharedModel:
+    def delta(taus):
+        experts = jax.tree.map(lambda b, t: b + t, base, taus)
+        return jax.tree.map(lambda m, b: m - b, rule(experts), base)
+
+    return _shared(name, delta, MEAN)
+
+
+def _task_models(base: Any) -> tuple[zoo.TaskModels, ...]:
+    """Rules from whose result every task is restored."""
+
+    def bits_of_masks(tasks, trained, frozen):
+        return 32 * (2 * trained + frozen) + tasks * trained
+
+    def signs(tasks, trained, frozen):
+        return 32 * (trained + frozen) + tasks * trained
+
+    @jax.jit
+    def tall(state, task, knob):
+        taus, merged = state
+        one = jax.tree.map(lambda x: x[task][None], taus)
+        mask = merging.tall_masks(one, merged=merged, scale=knob)
+        return merging.restore_delta(merged, zoo.task_delta(mask, 0))
+
+    return (
+        zoo.TaskModels(
+            name="TALL-masks",
+            prepare=lambda taus, _: (taus, merging.task_arithmetic(taus)),
+            delta=tall,
+            knobs=(0.2, 0.3, 0.4, 0.5, 0.6),
+            bits=bits_of_masks,
+        ),
+        zoo.TaskModels(
+            name="EMR",
+            prepare=lambda taus, _: merging.emr(taus),
+            delta=lambda state, task, _: merging.emr_restore(state, task),
+            bits=bits_of_masks,
+        ),
+        zoo.TaskModels(
+            name="BitDelta",
+            prepare=lambda taus, _: merging.bitdelta(taus),
+            delta=lambda state, task, _: merging.bitdelta_restore(
+                state, task, like=base
+            ),
+            bits=signs,
+        ),
+        zoo.TaskModels(
+            name="RandES",
+            prepare=lambda taus, _: merging.randes(taus, key=KEY),
+            delta=lambda state, task, _: merging.randes_restore(state, task, key=KEY),
+            knobs=(0.5, 1.0),
+            bits=lambda tasks, trained, frozen: 32 * (2 * trained + frozen),
+        ),
+    )
+
+
+def rows(base: Any, names: list[str]) -> tuple[zoo.Row, ...]:
+    """One row per rule.
+
+    Args:
+      base: trained leaves of the base model.
+      names: which; none for all.
+
+    Raises:
+      SystemExit: a name that does not exist.
+    """
+    each = (
+        *(_shared(name, rule, SUM) for name, rule in SUMS.items()),
+        *(_shared(name, rule, MEAN) for name, rule in MEANS.items()),
+        *(_on_sphere(name, rule, base) for name, rule in SPHERES.items()),
+        *_task_models(base),
+    )
+    known = {row.name: row for row in each}
+    if unknown := sorted(set(names) - set(known)):
+        raise SystemExit(f"no rule {', '.join(unknown)}; known: {', '.join(known)}")
+    chosen = (known[name] for name in names or known)
+    return (zoo.zero_shot(), zoo.individual(), *chosen)
+
+
+def one(suite: str, seed: int, args: argparse.Namespace, progress: Any) -> Any:
+    """The study of one seed, run and written."""
+    data, experts = SUITES[suite]()
+    experts["seed"] = seed
+    config = ConfigDict({"suite": data, "experts": experts, "study": {"seed": seed}})
+    document = report.Report(f"Merge rules: {suite}, seed {seed}", config=config)
+    encoder, tasks = dispatch.SUITES[data["name"]](dict(data["options"]), progress)
+    opened = zoo.open_zoo(encoder, tasks, zoo.Settings(**experts), progress=progress)
+    evaluator = zoo.Evaluator(opened, remember=True, progress=progress)
+    study = study_lib.Study(opened, evaluator, config, document, progress)
+    study.run(zoo.PostHoc(rows=rows(opened.base, args.rules)))
+    study_lib.write(study, args.workdir / f"{suite}-{seed}")
+    return study
+
+
+def collect(studies: dict[int, Any]) -> dict[str, dict[str, Any]]:
+    """Per row and seed the numbers of the leaderboard."""
+    found = collections.defaultdict(dict)
+    for seed, study in studies.items():
+        for name, result in study.results.items():
+            found[name][seed] = {
+                "accuracy": result.accuracy.tolist(),
+                "normalised": result.normalised.tolist(),
+                "chosen": list(result.chosen),
+                "bytes": result.bits / 8,
+                "seconds": result.seconds,
+            }
+    return dict(found)
+
+
+def leaderboard(found: dict[str, dict[str, Any]], names: tuple[str, ...]) -> Any:
+    """Best first: normalised accuracy, accuracy per task, bytes, seconds."""
+
+    def mean(name, read):
+        return statistics.mean(read(r) for r in found[name].values())
+
+    lines = []
+    for name in found:
+        each = [statistics.mean(r["normalised"]) for r in found[name].values()]
+        seconds = [r["seconds"] for r in found[name].values() if r["seconds"]]
+        spread = statistics.stdev(each) if len(each) > 1 else 0.0
+        lines.append(
+            (
+                name,
+                statistics.mean(each),
+                spread,
+                mean(name, lambda r: statistics.mean(r["accuracy"])),
+                *(
+                    mean(name, lambda r, t=t: r["accuracy"][t])
+                    for t in range(len(names))
+                ),
+                mean(name, lambda r: r["bytes"]),
+                statistics.mean(seconds) if seconds else None,
+            )
+        )
+    percents = dict.fromkeys(("normalised", "sd", "accuracy", *names), ".1%")
+    return report.Table(
+        title="Merge rules, best first",
+        columns=("rule", "normalised", "sd", "accuracy", *names, "storage", "seconds"),
+        rows=tuple(sorted(lines, key=lambda line: -line[1])),
+        formats={**percents, "storage": "bytes", "seconds": ".1f"},
+        caption="Means over seeds, sd of the normalised accuracy over seeds; storage "
+        "of what serves all tasks; seconds of making, tuning and measuring. Rows of "
+        "more than one model keep something for every task.",
+    )
+
+
+def main() -> None:
+    """Runs, prints the table, writes the numbers."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("suite", choices=sorted(SUITES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rules", nargs="+", default=[], metavar="NAME")
+    parser.add_argument("--out", type=pathlib.Path, default="experiments/results")
+    parser.add_argument("--workdir", type=pathlib.Path, default="runs/merge_rules")
+    args = parser.parse_args()
+    with report.Progress(args.suite, interval=60) as progress:
+        studies = {s: one(args.suite, s, args, progress) for s in args.seeds}
+    first = next(iter(studies.values()))
+    found = collect(studies)
+    table = leaderboard(found, first.names)
+    content = {
+        "config": first.config.to_dict(),
+        "seeds": args.seeds,
+        "environment": report.environment(),
+        "trained_parameters": tree.size(first.zoo.base),
+        "tasks": first.names,
+        "rows": found,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"merge_rules-{args.suite}.json"
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    sys.stdout.write(table.to_markdown() + "\n")
+
+
+if __name__ == "__main__":
+    main()
