@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from mtl_jax import catalog
+from mtl_jax import catalog, cli_checkpoints
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = [
@@ -15,6 +15,10 @@ DOCUMENTS = [
     ROOT / "CONTRIBUTING.md",
     ROOT / "experiments/launch/README.md",
 ]
+COMMANDS = (
+    *("run", "list", "show", "report", "preflight", "generate"),
+    *cli_checkpoints.COMMANDS,
+)
 
 
 def test_readme_examples_run():
@@ -30,7 +34,7 @@ def test_links_and_commands_exist(path):
         if "://" not in target:
             assert (path.parent / target).exists(), target
     for command in re.findall(r"mtl-jax (\w+)", text):
-        assert command in ("run", "list", "show", "report", "preflight", "generate")
+        assert command in COMMANDS
     working = {e.config for e in catalog.select(status="working")}
     for config in re.findall(r"experiments/configs/\w+\.py", text):
         assert config in working or not working
