@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax import kernels, tree
+from mtl_jax import kernels
 from mtl_jax.checkpoints.source import TensorSpec, TensorView
 from mtl_jax.transforms import merging
 
@@ -142,27 +142,28 @@ def _length(count: int) -> int:
     return next(size for size in _SIZES if size >= count)
 
 
-def _rows(values: jax.Array) -> jax.Array:
-    """Sums over stretches of _ROW entries: [..., n] -> [..., n / _ROW]."""
-    return values.reshape(*values.shape[:-1], -1, _ROW).sum(-1)
+def _squares(values: Iterable[np.ndarray]) -> np.ndarray:
+    """Sums of squares of T arrays float32 [n] -> [T] float64."""
+    found = []
+    for each in values:
+        rows = each.reshape(-1, _ROW)
+        squares = np.einsum("rk,rk->r", rows, rows)
+        found.append(squares.astype(np.float64).sum())
+    return np.array(found)
 
 
-def _total(rows: Any) -> np.ndarray:
-    """float64 sums over the last axis of `_rows`."""
-    return np.asarray(rows, np.float64).sum(-1)
+def check_finite(total: np.ndarray, models: Iterable[np.ndarray]) -> None:
+    """Raises for the first model with NaN or infinity, the base being the first.
 
-
-def _finite(base: jax.Array, taus: jax.Array) -> jax.Array:
-    """[1 + T] bool; a task counts as the base's fault where that is at fault."""
-    flags = [jnp.isfinite(jnp.sum(x * 0)) for x in (base.astype(taus.dtype), *taus)]
-    return jnp.stack(flags)
-
-
-def check_finite(flags: Any) -> None:
-    """Raises for the first model whose flag is False, the base being the first."""
-    flags = np.asarray(flags)
-    if not flags.all():
-        raise NotFiniteError(int(np.argmin(flags)))
+    Args:
+      total: sums over the changes: where they are finite, everything is.
+      models: values of the base and the experts.
+    """
+    if np.isfinite(total).all():
+        return
+    for model, values in enumerate(models):
+        if not np.isfinite(values.astype(np.float32)).all():
+            raise NotFiniteError(model)
 
 
 def _taus(base: jax.Array, experts: Sequence[jax.Array]) -> jax.Array:
@@ -170,16 +171,21 @@ def _taus(base: jax.Array, experts: Sequence[jax.Array]) -> jax.Array:
     return merging.task_vectors(wide, list(experts), check_finite=False)
 
 
+# Tasks one by one, not stacked, and sums on the host: XLA's on CPUs are not vectorised,
+# and it computes again whatever they are of, which made a chunk four times slower.
 @functools.partial(jax.jit, static_argnames="stored")
 def _tall_chunk(base, experts, scales, stored):
-    """Chunk [n] of every model -> flags, merged [n], masks [T, n / 8], sums."""
-    taus = _taus(base, experts)
-    merged = tree.combine(taus, jnp.ones(len(experts), jnp.float32)).astype(stored)
+    """Chunk [n] of every model -> merged [n]; masks, errors and taus of every task."""
+    taus = [_taus(base, [expert]) for expert in experts]
+    total = functools.reduce(jnp.add, taus)[0]
+    merged = total.astype(stored)
     wide = merged.astype(jnp.float32)
-    masks = merging.tall_masks(taus, wide, scale=scales, check_finite=False)
-    kept = jnp.where(masks, wide[None], jnp.zeros((), jnp.float32))
-    sums = _rows((kept - taus) ** 2), _rows(taus**2)
-    return _finite(base, taus), merged, kernels.pack_bits(masks), sums
+    packed, lost = [], []
+    for tau, scale in zip(taus, scales, strict=True):
+        mask = merging.tall_masks(tau, wide, scale=scale, check_finite=False)
+        packed.append(kernels.pack_bits(mask[0]))
+        lost.append(merging.restore_delta(wide, mask[0]) - tau[0])
+    return merged, packed, lost, [tau[0] for tau in taus]
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -215,20 +221,21 @@ class Tall:
 
     def compress(self, base, experts, parts, put):  # noqa: D102
         size, stored = base.spec.size, parts["merged"].dtype
-        scales = jnp.asarray(self.scales, jnp.float32)
+        scales = [np.float32(scale) for scale in self.scales]
         row, errors = kernels.num_bytes(size), Errors.zero(len(experts))
         for start, stop in blocks(size):
             length = _length(stop - start)
             chunk = [_padded(x.flat(start, stop), length) for x in (base, *experts)]
-            flags, merged, packed, (lost, total) = jax.device_get(
+            merged, packed, lost, taus = jax.device_get(
                 _tall_chunk(chunk[0], chunk[1:], scales, stored)
             )
-            check_finite(flags)
+            total = _squares(taus)
+            check_finite(total, chunk)
             put("merged", start, merged[: stop - start])
             for t, bits in enumerate(packed):
                 used = bits[: kernels.num_bytes(stop - start)]
                 put("masks", t * row + start // 8, used)
-            errors.add(Errors(_total(lost), _total(total)))
+            errors.add(Errors(_squares(lost), total))
         return errors
 
     def restore(self, base, parts, task, dtype):  # noqa: D102
@@ -249,11 +256,11 @@ class Tall:
 
 @jax.jit
 def _bitdelta_chunk(base, experts, count):
-    """Chunk [n] of every model, `count` of it used -> flags, signs, sums."""
-    taus = _taus(base, experts)
+    """Chunk [n] of every model, `count` of it used -> signs and |tau| of every task."""
     used = jnp.arange(base.size) < count
-    signs = kernels.pack_bits((taus >= 0) & used[None])
-    return _finite(base, taus), signs, (_rows(jnp.abs(taus)), _rows(taus**2))
+    taus = [_taus(base, [expert])[0] for expert in experts]
+    signs = [kernels.pack_bits((tau >= 0) & used) for tau in taus]
+    return signs, [jnp.abs(tau) for tau in taus]
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -283,14 +290,16 @@ class BitDelta:
             length = _length(stop - start)
             chunk = [_padded(x.flat(start, stop), length) for x in (base, *experts)]
             count = np.int32(stop - start)
-            flags, signs, sums = jax.device_get(
-                _bitdelta_chunk(chunk[0], chunk[1:], count)
-            )
-            check_finite(flags)
+            signs, moved = jax.device_get(_bitdelta_chunk(chunk[0], chunk[1:], count))
+            square = _squares(moved)
+            check_finite(square, chunk)
             for t, bits in enumerate(signs):
                 used = bits[: kernels.num_bytes(stop - start)]
                 put("signs", t * row + start // 8, used)
-            absolute, total = absolute + _total(sums[0]), total + _total(sums[1])
+            absolute += [
+                each.reshape(-1, _ROW).sum(1).sum(dtype=float) for each in moved
+            ]
+            total += square
         scales = (absolute / size).astype(np.float32)
         put("scales", 0, scales)
         # sum (tau - s sign)^2, written out; rounding leaves relative errors of 1e-4 of
