@@ -17,7 +17,7 @@ from mtl_jax.io import safetensors, shards
 __all__ = ["ArrayView", "Source", "TensorSpec", "TensorView", "open_source"]
 
 CONFIG = "config.json"
-_RESIDENT = 64 << 20  # Bytes of each file whose pages stay mapped.
+_RESIDENT = 64 << 20  # Bytes of a checkpoint whose pages stay in memory.
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 _SIDE_FILES = (
     CONFIG,
@@ -204,7 +204,7 @@ def _open_file(path):
             f"{path}: pickled weights are not read, which may run any code; convert "
             "them to safetensors"
         )
-    return safetensors.SafetensorsFile(path, resident=_RESIDENT)
+    return safetensors.SafetensorsFile(path, pages=safetensors.Pages(_RESIDENT))
 
 
 def _open_folder(path):
@@ -214,7 +214,7 @@ def _open_folder(path):
         raise ValueError(f"{path}: unfinished, it still has {partial[0]}")
     config = shards.read_json(path / CONFIG) if CONFIG in names else None
     if shards.INDEX in names:
-        files = shards.open_shards(path, resident=_RESIDENT)
+        files = shards.open_shards(path, pages=safetensors.Pages(_RESIDENT))
         if shards.WEIGHTS in names and shards.WEIGHTS not in files:
             raise ValueError(
                 f"{path} has both {shards.WEIGHTS} and {shards.INDEX}, which names "

@@ -23,6 +23,7 @@ __all__ = ["CheckpointWriter"]
 
 _JOURNAL = ".mtl_jax_journal"
 _SHARDS = "model-*-of-*.safetensors"
+_DIRTY = 64 << 20  # Bytes after which the disk is told to take what it was given.
 _READ = 8 << 20  # Bytes read at a time where written ones are checked.
 
 
@@ -74,6 +75,7 @@ class CheckpointWriter:
         self._given: dict[str, list[tuple[int, int]]] = {}
         self._pieces: dict[str, list[Piece]] = {}
         self._complete: set[str] = set()
+        self._dirty = 0
         self._files: dict[str, int] = {}
         self._new = not self.path.exists()
         self.done: frozenset[str] = frozenset()
@@ -247,6 +249,10 @@ class CheckpointWriter:
         name, start, raw = item
         file, offset, spec = self._layout.places[name]
         _put(self._files[file], offset + start, raw.data)
+        self._dirty += raw.nbytes
+        if self._dirty >= _DIRTY:  # While others compute, so that little is left.
+            os.fsync(self._files[file])
+            self._dirty = 0
         pieces = self._pieces.setdefault(name, [])
         stop = start + raw.nbytes
         for i, piece in enumerate(pieces):

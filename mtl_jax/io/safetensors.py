@@ -52,6 +52,36 @@ class _Entry(NamedTuple):
     end: int
 
 
+class Pages:
+    """Which pages of mapped files stay in memory; dropped ones can be read again.
+
+    Args:
+      limit: of the ranges in use, only the newest of so many bytes keep their pages,
+        and always the very newest.
+    """
+
+    def __init__(self, limit: int):
+        self._limit, self._total = limit, 0
+        self._used: collections.deque[tuple[mmap.mmap, int, int]] = collections.deque()
+        self._lock = threading.Lock()
+
+    def use(self, mapped: mmap.mmap, begin: int, end: int) -> None:
+        """Notes a range that is about to be read, and drops the oldest ones."""
+        if not hasattr(mapped, "madvise"):  # The system does not offer it.
+            return
+        old = []
+        with self._lock:
+            self._used.append((mapped, begin, end))
+            self._total += end - begin
+            while self._total > self._limit and len(self._used) > 1:
+                old.append(self._used.popleft())
+                self._total -= old[-1][2] - old[-1][1]
+        for file, first, last in old:
+            first = first // mmap.PAGESIZE * mmap.PAGESIZE
+            if last > first:
+                file.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
 class SafetensorsFile(Mapping[str, np.ndarray]):
     """Lazy read-only view of one file: opening checks the header, reading maps.
 
@@ -60,16 +90,15 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
 
     Args:
       path: a local path or anything `etils.epath` opens.
-      resident: of the views handed out, only the newest of so many bytes keep their
-        pages in the memory of this process; older ones stay valid and are paged in
-        again when used. None: all that was used stays.
+      pages: bounds how much of what was read stays in the memory of this process;
+        several files can share one. Views stay valid. None: everything stays.
 
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if the file is not a well-formed safetensors file, naming the fault.
     """
 
-    def __init__(self, path: epath.PathLike, *, resident: int | None = None):
+    def __init__(self, path: epath.PathLike, *, pages: Pages | None = None):
         self.path = epath.Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"no such file: {self.path}")
@@ -80,7 +109,7 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
         self.metadata: dict[str, str] = _metadata(raw, self.path)
         self._entries = _entries(raw, size - self._start, self.path)
         self._map = _mapped(self.path) if os.path.exists(self.path) else None
-        self._pages = None if resident is None else _Pages(self._map, resident)
+        self._pages = pages
 
     def __getitem__(self, name: str) -> np.ndarray:
         entry = self._entries[name]
@@ -107,7 +136,7 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
         begin, count = self._start + begin, end - begin
         if self._map is not None:
             if self._pages is not None:
-                self._pages.use(begin, begin + count)
+                self._pages.use(self._map, begin, begin + count)
             raw = np.frombuffer(self._map, np.uint8, count, begin)
         else:
             with self.path.open("rb") as f:
@@ -132,29 +161,6 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
     def offset(self, name: str) -> int:
         """Byte of the data at which a tensor begins."""
         return self._entries[name].begin
-
-
-class _Pages:
-    """Which pages of a mapped file stay in memory; dropped ones can be read again."""
-
-    def __init__(self, mapped: mmap.mmap | None, limit: int):
-        self._map, self._limit, self._total = mapped, limit, 0
-        self._used: collections.deque[tuple[int, int]] = collections.deque()
-        self._lock = threading.Lock()
-
-    def use(self, begin: int, end: int) -> None:
-        """Notes a range that is about to be read, and drops the oldest ones."""
-        with self._lock:
-            self._used.append((begin, end))
-            self._total += end - begin
-            old = []
-            while self._total > self._limit and len(self._used) > 1:
-                old.append(self._used.popleft())
-                self._total -= old[-1][1] - old[-1][0]
-        for first, last in old:
-            first = first // mmap.PAGESIZE * mmap.PAGESIZE
-            if last > first and self._map is not None:
-                self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def _mapped(path):

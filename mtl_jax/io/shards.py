@@ -31,13 +31,13 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
 
 
 def open_shards(
-    folder: epath.PathLike, *, resident: int | None = None
+    folder: epath.PathLike, *, pages: safetensors.Pages | None = None
 ) -> dict[str, safetensors.SafetensorsFile]:
     """Opens every file that the index of a folder names.
 
     Args:
       folder: holds `model.safetensors.index.json`.
-      resident: see `SafetensorsFile`, for each file.
+      pages: see `SafetensorsFile`; shared by the files.
 
     Returns:
       File name -> file, sorted by name. Index and headers agree: each tensor lies in
@@ -62,7 +62,7 @@ def open_shards(
                 f"no such file: {path.parent / name}, which {INDEX} names for "
                 f"{some(held)}"
             )
-        files[name] = safetensors.SafetensorsFile(path.parent / name, resident=resident)
+        files[name] = safetensors.SafetensorsFile(path.parent / name, pages=pages)
     _agree(path, weight_map, files)
     return files
 

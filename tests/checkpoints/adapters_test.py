@@ -137,8 +137,8 @@ def test_slices_are_those_of_the_whole(rows, columns, flip, data):
     rng = np.random.default_rng(rows * 31 + columns)
     outer, inner = (columns, rows) if flip else (rows, columns)
     parts = [(rows, columns), (3, inner), (outer, 3)]
-    views = [ArrayView(rng.normal(size=s).astype(np.float32)) for s in parts]
-    view = adapters.AddedView(*views, 0.5, flip)
+    base, a, b = (ArrayView(rng.normal(size=s).astype(np.float32)) for s in parts)
+    view = adapters.AddedView(base, a, b, 0.5, flip)
     start = data.draw(st.integers(0, view.spec.size))
     stop = data.draw(st.integers(start, view.spec.size))
     with pytest.MonkeyPatch.context() as patch:
