@@ -22,6 +22,7 @@ METHODS = {
     "emr": lambda taus: merging.emr(taus)._asdict(),
     "ram_plus": merging.ram_plus,
     "sce": lambda taus: merging.sce(taus, density=0.3),
+    "fisher": lambda taus: merging.fisher(taus, jax.tree.map(jnp.abs, taus)),
     "pcb": lambda taus: merging.pcb(taus, density=0.3),
     "trust_region": lambda taus: merging.trust_region(taus, density=0.7),
 }

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,12 +52,7 @@ def squared_gradients(
     """
     _example_count("squared_gradients", examples, chunk)
 
-    def squares(params, example):
-        leaves, join = _floats(params)
-        grads = jax.grad(lambda leaves: log_prob_fn(join(leaves), example))(leaves)
-        return [_square(g) for g in grads]
-
-    return _mean(squares, params, examples, chunk)
+    return _mean(_Slope(log_prob_fn), params, examples, chunk)
 
 
 def fisher_diagonal(
@@ -75,7 +70,7 @@ def fisher_diagonal(
 
     Args:
       apply_fn: `apply_fn(params, *inputs) -> logits [B, C]`, treating examples one by
-        one.
+        one. Calls with the same function compile once.
       params: tree of parameters, leaves [...].
       inputs: leaves [N, ...]; a tuple holds several positional inputs.
       labels: "expected", the exact expectation, C backward passes per example;
@@ -106,38 +101,21 @@ def fisher_diagonal(
     count = _example_count(name, inputs, chunk)
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
 
-    def log_probs(params, row):
-        logits = apply_fn(params, *jax.tree.map(lambda x: x[None], row))
-        if jnp.ndim(logits) != 2:
-            raise ValueError(f"{name}: logits are {jnp.shape(logits)}, wanted [B, C]")
-        return jax.nn.log_softmax(logits[0].astype(jnp.float32))
-
     if isinstance(labels, str):
         _compose.choice(name, "labels", labels, LABELS)
         if labels == "expected":
-            return _mean(_expected(log_probs), params, inputs, chunk)
+            return _mean(_Expected(apply_fn), params, inputs, chunk)
         if key is None:
             raise ValueError(f"{name}: key is missing, labels='sampled' draws")
         drawn = jax.random.split(key, count)
-
-        def log_prob(params, example):
-            row, key = example
-            values = log_probs(params, row)
-            return values[jax.random.categorical(key, jax.lax.stop_gradient(values))]
-
-        return squared_gradients(log_prob, params, (inputs, drawn), chunk=chunk)
+        return _mean(_Slope(_Drawn(apply_fn)), params, (inputs, drawn), chunk)
     labels = jnp.asarray(labels)
     if labels.shape != (count,) or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
             f"{name}: labels are {labels.dtype}{list(labels.shape)}, wanted integers "
             f"[{count}], 'expected' or 'sampled'"
         )
-    return squared_gradients(
-        lambda params, example: log_probs(params, example[0])[example[1]],
-        params,
-        (inputs, labels),
-        chunk=chunk,
-    )
+    return _mean(_Slope(_Given(apply_fn)), params, (inputs, labels), chunk)
 
 
 def fisher(
@@ -246,24 +224,72 @@ def _square(x):
     return jnp.square(jnp.abs(x).astype(tree.wide_dtype(x.real.dtype)))
 
 
-def _expected(log_probs):
-    """Squares weighted by the probabilities of the labels, one label at a time."""
+def _log_probs(apply_fn, params, row):
+    """[C] float32 of one example."""
+    logits = apply_fn(params, *jax.tree.map(lambda x: x[None], row))
+    if jnp.ndim(logits) != 2:
+        raise ValueError(
+            f"fisher_diagonal: logits are {jnp.shape(logits)}, wanted [B, C]"
+        )
+    return jax.nn.log_softmax(logits[0].astype(jnp.float32))
 
-    def squares(params, row):
+
+# Types instead of closures, so that equal functions of a model compile once.
+class _Given(NamedTuple):
+    """Log likelihood of the label that comes with an example."""
+
+    apply_fn: Callable[..., Any]
+
+    def __call__(self, params, example):
+        row, label = example
+        return _log_probs(self.apply_fn, params, row)[label]
+
+
+class _Drawn(NamedTuple):
+    """Log likelihood of a label that the model draws."""
+
+    apply_fn: Callable[..., Any]
+
+    def __call__(self, params, example):
+        row, key = example
+        values = _log_probs(self.apply_fn, params, row)
+        return values[jax.random.categorical(key, jax.lax.stop_gradient(values))]
+
+
+class _Slope(NamedTuple):
+    """Squared slopes of a function of one example."""
+
+    log_prob_fn: Callable[[Any, Any], Any]
+
+    def __call__(self, params, example):
         leaves, join = _floats(params)
-        values, pull = jax.vjp(lambda leaves: log_probs(join(leaves), row), leaves)
+        return [
+            _square(g)
+            for g in jax.grad(lambda x: self.log_prob_fn(join(x), example))(leaves)
+        ]
+
+
+class _Expected(NamedTuple):
+    """Squared slopes of all labels by their probabilities, one label at a time."""
+
+    apply_fn: Callable[..., Any]
+
+    def __call__(self, params, row):
+        leaves, join = _floats(params)
+        values, pull = jax.vjp(
+            lambda x: _log_probs(self.apply_fn, join(x), row), leaves
+        )
 
         def label(total, item):
-            grads = pull(item[0])[0]
-            return [t + item[1] * _square(g) for t, g in zip(total, grads, strict=True)]
+            grads = zip(total, pull(item[0])[0], strict=True)
+            return [t + item[1] * _square(g) for t, g in grads], None
 
         total = [jnp.zeros(x.shape, _square(x).dtype) for x in leaves]
         turns = jnp.eye(values.size, dtype=values.dtype), jnp.exp(values)
-        return jax.lax.scan(lambda *a: (label(*a), None), total, turns)[0]
-
-    return squares
+        return jax.lax.scan(label, total, turns)[0]
 
 
+@functools.partial(jax.jit, static_argnums=(0, 3))
 def _mean(squares, params, examples, chunk):
     """Mean of `squares(params, example)` over the examples, a chunk at a time."""
     count = jnp.shape(jax.tree.leaves(examples)[0])[0]
@@ -275,7 +301,7 @@ def _mean(squares, params, examples, chunk):
     def turn(total, places):
         # What is left over repeats the last example, without weight.
         rows = jax.tree.map(lambda x: x[jnp.minimum(places, count - 1)], examples)
-        found = jax.vmap(lambda row: squares(params, row))(rows)
+        found = jax.vmap(squares, in_axes=(None, 0))(params, rows)
         real = (places < count).astype(jnp.float32)
         return [
             t + jnp.tensordot(real.astype(f.dtype), f, 1)

@@ -36,7 +36,8 @@ def mean_grams(capture_fn: Capture, params: Any, batches: Any) -> Any:
     Args:
       capture_fn: `capture_fn(params, batch)` -> a tree of `InputGram` in the places of
         the kernels of `params`; other places are None or missing. For Flax Linen it is
-        `models.input_grams` of an apply function.
+        `models.input_grams` of an apply function. Calls with the same function compile
+        once.
       params: tree of parameters.
       batches: tree with leaves [S, ...], S batches.
 
@@ -51,7 +52,8 @@ def mean_grams(capture_fn: Capture, params: Any, batches: Any) -> Any:
     >>> mean_grams(capture_fn, None, jnp.array([[[3.0]], [[1.0]]]))["w"].tolist()
     [[5.0]]
     """
-    return _mean_grams(capture_fn, None)(params, batches)
+    tree.num_tasks("mean_grams: batches", batches)
+    return _mean_grams(capture_fn, None, params, batches)
 
 
 def regmean(
@@ -194,6 +196,8 @@ def regmean_plus_plus(
     _compose.check_nonnegative(name, "weights are", weights)
     _compose.check_total(name, weights)
     batches = list(batches)
+    for own in batches:
+        tree.num_tasks(f"{name}: batches", own)
     if len(batches) != count:
         raise ValueError(f"{name}: {len(batches)} sets of batches, {count} tasks")
     named = named_leaves(taus)
@@ -206,11 +210,10 @@ def regmean_plus_plus(
     options = {"alpha": alpha, "jitter": jitter, "weights": weights, "layout": layout}
     for turn in range(len(groups)):
         leaves = tuple(leaf for leaf, at in place.items() if at == turn)
-        gather = _mean_grams(capture_fn, leaves)
         part = {leaf: named[leaf] for leaf in leaves}
         found = [
-            named_leaves(gather(_partly(base, taus, done, t), batches[t]))
-            for t in range(count)
+            named_leaves(_mean_grams(capture_fn, leaves, model, own))
+            for model, own in zip(_partly(base, taus, done), batches, strict=True)
         ]
         if found[0]:
             grams = {k: jnp.stack([g[k] for g in found]) for k in found[0]}
@@ -232,10 +235,11 @@ def _options(name, alpha, jitter):
     return jnp.float32(alpha), jnp.float32(jitter)
 
 
-def _mean_grams(capture_fn, wanted):
-    """`mean_grams` of the leaves that are wanted, as one compiled function."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _mean_grams(capture_fn, wanted, params, batches):
+    """`mean_grams` of the leaves that are wanted; None for all."""
 
-    def capture(params, batch):
+    def capture(batch):
         found = capture_fn(params, batch)
         grams = jax.tree.leaves(found, is_leaf=_is_gram)
         if not grams or not all(map(_is_gram, grams)):
@@ -246,31 +250,19 @@ def _mean_grams(capture_fn, wanted):
         named = {tree.path_str(path): gram for path, gram in seen}
         return {leaf: gram for leaf, gram in named.items() if leaf in wanted}
 
-    @jax.jit
-    def gather(params, batches):
-        first = jax.tree.map(lambda x: x[0], batches)
-        start = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, jnp.float32),
-            jax.eval_shape(capture, params, first),
-        )
+    def turn(total, batch):
+        found = capture(batch)
+        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, found), None
 
-        def turn(total, batch):
-            found = capture(params, batch)
-            return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, found), None
-
-        total = jax.lax.scan(turn, start, batches)[0]
-        return jax.tree.map(
-            lambda g: g.total / jnp.maximum(g.rows, 1)[..., None, None],
-            total,
-            is_leaf=_is_gram,
-        )
-
-    def checked(params, batches):
-        if not tree.num_tasks("mean_grams", batches):
-            raise ValueError("mean_grams: there are no batches")
-        return gather(params, batches)
-
-    return checked
+    start = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, jnp.float32),
+        jax.eval_shape(capture, jax.tree.map(lambda x: x[0], batches)),
+    )
+    return jax.tree.map(
+        lambda g: g.total / jnp.maximum(g.rows, 1)[..., None, None],
+        jax.lax.scan(turn, start, batches)[0],
+        is_leaf=_is_gram,
+    )
 
 
 def _is_gram(x):
@@ -353,9 +345,10 @@ def _places(name, taus, groups) -> dict[str, int]:
     return place
 
 
-def _partly(base, taus, done, t):
-    """The model whose leaves are merged where they are done, and task t's elsewhere."""
-    delta = tree.map_with_path(
-        lambda leaf, x: done[leaf] if leaf in done else x[t], taus
-    )
-    return tree.add_scaled(base, delta)
+def _partly(base, taus, done):
+    """Each task's model, with the leaves merged that are done."""
+    for t in range(jax.tree.leaves(taus)[0].shape[0]):
+        delta = tree.map_with_path(
+            lambda leaf, x, t=t: done[leaf] if leaf in done else x[t], taus
+        )
+        yield tree.add_scaled(base, delta)

@@ -249,3 +249,20 @@ def test_diagonals_refuse_by_name(model, options, message):
     } | options
     with pytest.raises(ValueError, match=f"fisher_diagonal: .*{message}"):
         merging.fisher_diagonal(params=params, **options)
+
+
+def test_the_next_model_compiles_nothing(model):
+    params, inputs = model
+    x = jnp.asarray(inputs, jnp.float32)
+    traces = []
+
+    def counted(params, x):
+        traces.append(1)
+        return network(params, x)
+
+    for labels in ("expected", np.zeros(5, np.int32)):
+        merging.fisher_diagonal(counted, params, x, labels=labels)
+        before = len(traces)
+        other = jax.tree.map(lambda p: 2 * p, params)
+        merging.fisher_diagonal(counted, other, x, labels=labels)
+        assert len(traces) == before > 0

@@ -225,3 +225,17 @@ def test_mean_grams_weigh_rows_not_batches():
     np.testing.assert_allclose(got["w"], rows.T @ rows / 4, rtol=1e-5)
     with pytest.raises(ValueError, match="no tree of InputGram"):
         merging.mean_grams(lambda params, batch: {"w": batch}, None, jnp.ones((1, 2)))
+
+
+def test_the_next_model_compiles_nothing():
+    traces = []
+
+    def counted(params, x):
+        traces.append(1)
+        return capture(params, x)
+
+    params, x = {name: jnp.eye(3) for name in "abc"}, jnp.ones((2, 5, 3))
+    merging.mean_grams(counted, params, x)
+    before = len(traces)
+    merging.mean_grams(counted, jax.tree.map(lambda p: 2 * p, params), x)
+    assert len(traces) == before > 0
