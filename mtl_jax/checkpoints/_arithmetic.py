@@ -143,7 +143,9 @@ def _selection(work: Work) -> Any:
 def rescale_of(options: Any) -> str:
     """The norm that is restored, by the names of which booleans are short forms."""
     value = options["rescale"]
-    return {True: "l1", False: "none"}.get(value, value)
+    if isinstance(value, bool):
+        return "l1" if value else "none"
+    return value
 
 
 def _factors(work: Work, selection: Any) -> np.ndarray:

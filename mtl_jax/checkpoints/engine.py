@@ -145,7 +145,8 @@ class _Run:
     def prepare(self, jobs: Sequence[Job], run: Any) -> None:
         """Finds what jobs have in common whose scope is the model."""
         groups = collections.defaultdict(list)
-        for job in jobs:
+        # By name, so that equals are kept the same way in whatever order jobs come.
+        for job in sorted(jobs, key=lambda job: job.name):
             if job.size and not is_copied(job):
                 options = resolve(job)
                 if options.get("scope") == "model" and min(options["density"]) < 1:
