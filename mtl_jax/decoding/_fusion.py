@@ -227,7 +227,7 @@ def solve_alpha(
     def objective(stats: KlStats) -> chex.Array:
         forward, backward = (x[:, :, None] for x in targets)
         gaps = (stats.forward[None] - forward, stats.backward[None] - backward)
-        return sum(jnp.sum(jnp.square(gap), 0) for gap in gaps)
+        return jnp.sum(jnp.square(gaps[0]) + jnp.square(gaps[1]), 0)
 
     if method == "grid":
         count = int(np.floor(high / step + 1e-6)) + 1

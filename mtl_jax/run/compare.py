@@ -18,7 +18,7 @@ from mtl_jax.multitask import (
     baselines,
     single,
 )
-from mtl_jax.run.experiment import Experiment
+from mtl_jax.run.experiment import Experiment, mean_and_spread
 
 SINGLE = "single tasks"
 
@@ -167,17 +167,11 @@ class Comparison(Experiment):
         return int(np.sum(gap >= 0)), float(np.mean(gap))
 
 
-def _mean_and_spread(values: np.ndarray, digits: int) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
-
-
 def _shown(comparison: Comparison, task: str, values: np.ndarray) -> str:
     """A metric for the table: accuracies in percent."""
     target = comparison.problem.targets[comparison.names.index(task)]
     percent = target.metric in ("accuracy", "auc")
-    return _mean_and_spread(values * 100 if percent else values, 1 if percent else 3)
+    return mean_and_spread(values * 100 if percent else values, 1 if percent else 3)
 
 
 def _task_columns(comparison: Comparison) -> dict[str, Callable[[Result], Any]]:
@@ -198,7 +192,7 @@ def _task_columns(comparison: Comparison) -> dict[str, Callable[[Result], Any]]:
             * (result.values(t.name) / alone.values(t.name) - 1)
             for t in targets
         ]
-        return _mean_and_spread(100 * np.min(changes, 0), 1)
+        return mean_and_spread(100 * np.min(changes, 0), 1)
 
     def mean(result, metric):
         names = [t.name for t in targets if t.metric == metric]
@@ -231,7 +225,7 @@ def _add_table(comparison: Comparison) -> None:
             rows=tuple(
                 (
                     name,
-                    _mean_and_spread(r.delta, 2),
+                    mean_and_spread(r.delta, 2),
                     *(column(r) for column in tasks.values()),
                     *(_share(r.last(name), "{:.3g}") for name in measures),
                     float(np.mean([o.step_seconds for o in r.outcomes]) / pace),

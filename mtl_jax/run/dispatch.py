@@ -11,7 +11,14 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mtl_jax import catalog, data, multitask, report, train, zoo
-from mtl_jax.run import compare, language, language_preflight
+from mtl_jax.run import (
+    compare,
+    embedding,
+    language,
+    language_preflight,
+    mesh_merge,
+    serving,
+)
 from mtl_jax.run import study as study_lib
 from mtl_jax.train import optim
 
@@ -74,7 +81,17 @@ _PARTS = {
         "remember",
         "study",
     ),
+    "servable": ("models", "seeds", "mesh", "study"),
+    "embedding": ("material", "training", "seeds", "mesh", "study"),
 }
+
+
+def _kind(config: ConfigDict, entry: catalog.Entry) -> str:
+    """Of the study: that of the system, where the config names no other."""
+    kind = config.get("study_kind", entry.spec.kind)
+    _lookup("study_kind", _RUNNERS, kind)
+    _check_parts(config, kind)
+    return kind
 
 
 def _check_parts(config: ConfigDict, kind: str) -> None:
@@ -117,8 +134,7 @@ def run(config: ConfigDict, *, workdir: Any, progress: Any) -> report.Report:
     if "system" not in config:
         raise ValueError("config: lacks system")
     entry, module = _system(config)
-    runner = _lookup("kind", _RUNNERS, entry.spec.kind)
-    _check_parts(config, entry.spec.kind)
+    runner = _RUNNERS[_kind(config, entry)]
     _check_processes()
     document = report.Report(
         entry.spec.title, config.get("intro", entry.spec.summary), config=_plain(config)
@@ -140,8 +156,9 @@ def _run_experiment(config: ConfigDict, workdir: Any, progress: Any) -> report.R
     runner = _lookup("experiment", _EXPERIMENTS, config.experiment)
     _check_processes()
     document = report.Report(config.title, config.intro, config=_plain(config))
-    mesh = _mesh(config, config.training.batch_size)
-    runner(config, document, workdir, progress, mesh)
+    # What trains splits its batch; else any number of devices will do.
+    rows = config.training.batch_size if "training" in config else jax.device_count()
+    runner(config, document, workdir, progress, _mesh(config, rows))
     return document
 
 
@@ -190,9 +207,33 @@ def _run_comparison(
     compare.write(comparison, workdir)
 
 
-_EXPERIMENTS = {"language": language.run}
-_PREFLIGHTS = {"language": language_preflight.preflight}
-_RUNNERS = {"posthoc": _run_study, "trainable": _run_comparison}
+def _run_embedding(
+    config: ConfigDict, system: Any, document: Any, workdir: Any, progress: Any
+) -> None:
+    """Merges embedding models: groups of pairs, seeds, report."""
+    mesh = _mesh(config, config.training.batch_size)
+    embedding.run(config, system, document, workdir, progress, mesh)
+
+
+def _run_serving(
+    config: ConfigDict, system: Any, document: Any, workdir: Any, progress: Any
+) -> None:
+    """Acts at inference: models, seeds, report."""
+    mesh = _mesh(config, config.models.batch_size)
+    serving.run(config, system, document, workdir, progress, mesh)
+
+
+_EXPERIMENTS = {"language": language.run, "mesh_merge": mesh_merge.run}
+_PREFLIGHTS = {
+    "language": language_preflight.preflight,
+    "mesh_merge": mesh_merge.preflight,
+}
+_RUNNERS = {
+    "posthoc": _run_study,
+    "trainable": _run_comparison,
+    "servable": _run_serving,
+    "embedding": _run_embedding,
+}
 
 
 def _mesh(config: ConfigDict, batch_size: int) -> jax.sharding.Mesh:
@@ -246,9 +287,10 @@ def preflight(
             )
         return check(config, topology=topology, mesh=mesh or _plain(config.mesh))
     entry, module = _system(config)
-    kind = entry.spec.kind
-    _check_parts(config, kind)
-    step = {"posthoc": _expert_step, "trainable": _contest_step}[kind]
+    kind = _kind(config, entry)
+    step = _lookup(
+        "preflight of", {"posthoc": _expert_step, "trainable": _contest_step}, kind
+    )
     trainable, batch = step(config, module, method)
     return preflight_lib.preflight(
         trainable,

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -69,3 +70,14 @@ class Experiment:
         page = document.write(workdir / "report")
         document.print()
         self.progress.log(f"report: {page}")
+
+
+def mean_and_spread(values: np.ndarray, digits: int) -> str:
+    """Mean over seeds [S], with the standard deviation where there are several.
+
+    >>> mean_and_spread(np.array([1.0, 2.0]), 1)
+    '1.5 ± 0.7'
+    """
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"

@@ -38,7 +38,6 @@ def positioner(
     loss_fn: Callable[[Any, Any], Any],
     tx: optax.GradientTransformation,
     *,
-    norm_penalty: float = 0.01,
     rule: Rule = slerp_chain_weights,
 ) -> Callable[..., Position]:
     r"""Makes a search for weights and length of a merge on probe data.
@@ -50,17 +49,17 @@ def positioner(
 
     Args:
       loss_fn: `loss_fn(params, batch) -> scalar`, of one batch of one probe task.
-      tx: of the numbers, Adam at 0.01 for instance.
-      norm_penalty: mu, a slope along scale; pulls the length down.
+      tx: of the numbers, without weight decay; Adam at 0.01 for instance.
       rule: `rule(gram [M, M], weights [M]) -> kappa [M]`, pure: any merge that is a
         combination of task vectors; `lambda gram, w: w / w.sum()` is the average.
 
     Returns:
-      `run(base, taus, batches, *, search="joint", order=None) -> Position`. Batches
-      have leaves [S, P, ...], one step of one batch of each of P probe tasks. "joint"
-      learns all weights at once; "pairwise" learns angle and length of the first two
-      of the order, takes the result for one vector and goes on with the next, every
-      stage over all S steps. Runs of equal shapes share their compilation.
+      `run(base, taus, batches, *, norm_penalty=0.01, search="joint", order=None) ->
+      Position`. Batches have leaves [S, P, ...], one step of one batch of each of P
+      probe tasks; norm_penalty is mu, which pulls the length down. "joint" learns all
+      weights at once; "pairwise" learns angle and length of the first two of the order,
+      takes the result for one vector and goes on with the next, every stage over all S
+      steps. Runs of equal shapes share their compilation.
 
     Raises:
       ValueError: a search that does not exist; when run, an order that is no
@@ -72,12 +71,12 @@ def positioner(
 
     >>> def loss_fn(params, batch):
     ...     return jnp.sum((params["w"] - batch) ** 2)
-    >>> run = positioner(loss_fn, optax.adam(0.05), norm_penalty=0.0)
-    >>> found = run({"w": jnp.zeros(2)}, {"w": jnp.eye(2)}, jnp.ones((200, 1, 2)))
+    >>> run = positioner(loss_fn, optax.adam(0.05))
+    >>> base, taus = {"w": jnp.zeros(2)}, {"w": jnp.eye(2)}
+    >>> found = run(base, taus, jnp.ones((200, 1, 2)), norm_penalty=0.0)
     >>> [round(x, 2) for x in found.kappa.tolist()]
     [1.0, 1.0]
     """
-    penalty = _compose.number("positioner", "norm_penalty", norm_penalty)
 
     def coefficients(variables, args):
         basis = args["basis"]
@@ -94,7 +93,11 @@ def positioner(
         del task
         return loss_fn(params, batch) * args["share"]
 
-    learn = learner(params_fn, one, tx, penalty=lambda v: penalty * v["scale"])
+    # The penalty is a variable that has no slope: values of it share a compilation.
+    def shorten(variables):
+        return jax.lax.stop_gradient(variables["penalty"]) * variables["scale"]
+
+    learn = learner(params_fn, one, tx, penalty=shorten)
     place = jax.jit(coefficients)
 
     def run(
@@ -102,6 +105,7 @@ def positioner(
         taus: Any,
         batches: Any,
         *,
+        norm_penalty: float = 0.01,
         search: Search = "joint",
         order: Sequence[int] | None = None,
     ) -> Position:
@@ -109,6 +113,7 @@ def positioner(
             raise ValueError(
                 f"positioner: search is {search!r}, wanted one of {get_args(Search)}"
             )
+        penalty = _compose.number("positioner", "norm_penalty", norm_penalty)
         count = tree.num_tasks("positioner", taus)
         order = permutation("positioner", order, count)
         probes = jax.tree.leaves(batches)[0].shape[1]
@@ -125,6 +130,7 @@ def positioner(
             start = {
                 "log_weights": jnp.zeros(len(basis), jnp.float32),
                 "scale": jnp.ones((), jnp.float32),
+                "penalty": jnp.float32(penalty),
             }
             learned = learn(start, batches, args={**args, "basis": basis})
             kappa = place(learned.variables, {**args, "basis": basis})
