@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from mtl_jax.checkpoints.rules import Job
+from mtl_jax.checkpoints._rule_types import Job, View
 
 _CARRIERS = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32))
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -142,7 +142,7 @@ class Stream:
 
     def _read(self, data: np.ndarray, start: int, length: int, check: bool) -> None:
         for index, view in enumerate(self.job.views):
-            _copy(data[index, :length], view.flat(start, start + length))
+            _load(data[index, :length], view, start)
             if check and not finite(data[index, :length]):
                 raise ValueError(
                     f"{self.job.rule}: {self.job.name!r}: NaN or infinity in "
@@ -172,8 +172,13 @@ def _bits(x: np.ndarray) -> np.ndarray:
     return x.view(_UNSIGNED[x.dtype.itemsize])
 
 
-def _copy(out: np.ndarray, part: np.ndarray) -> None:
-    part = np.asarray(part)
+def _load(out: np.ndarray, view: View, start: int) -> None:
+    """Entries from `start` on; straight from the file where that can be."""
+    fill = getattr(view, "fill", None)
+    if fill is not None and view.spec.dtype == out.dtype:
+        fill(start, out)
+        return
+    part = np.asarray(view.flat(start, start + out.size))
     if part.dtype == out.dtype:
         _bits(out)[...] = _bits(part)
     else:

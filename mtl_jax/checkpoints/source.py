@@ -112,6 +112,10 @@ class FileView:
         """Entries start to stop in row-major order."""
         return self._file.flat(self._name, start, stop)
 
+    def fill(self, start: int, out: np.ndarray) -> None:
+        """Copies entries from `start` on into a contiguous array of the same dtype."""
+        self._file.fill(self._name, start, out)
+
     def whole(self) -> np.ndarray:
         """The tensor."""
         return self._file[self._name]

@@ -13,6 +13,7 @@ import os
 import secrets
 import struct
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -108,8 +109,13 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
         self._start, raw = header
         self.metadata: dict[str, str] = _metadata(raw, self.path)
         self._entries = _entries(raw, size - self._start, self.path)
-        self._map = _mapped(self.path) if os.path.exists(self.path) else None
+        local = os.path.exists(self.path)
+        self._map = _mapped(self.path) if local else None
         self._pages = pages
+        self._file: int | None = None
+        if local and hasattr(os, "preadv"):
+            self._file = os.open(self.path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._file)
 
     def __getitem__(self, name: str) -> np.ndarray:
         entry = self._entries[name]
@@ -131,6 +137,31 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
         return self._read(
             entry.dtype, entry.begin + start * width, entry.begin + stop * width
         )
+
+    def fill(self, name: str, start: int, out: np.ndarray) -> None:
+        """Copies entries from `start` on into an array; no page of the file is mapped.
+
+        Args:
+          name: of the tensor.
+          start: index of the first entry, in row-major order.
+          out: contiguous, of the tensor's dtype; as many entries as are wanted.
+
+        Raises:
+          ValueError: if the tensor has fewer entries, or the file has become shorter.
+        """
+        entry = self._entries[name]
+        if self._file is None or not 0 <= start <= start + out.size <= math.prod(
+            entry.shape
+        ):
+            out[...] = self.flat(name, start, start + out.size)
+            return
+        rest = memoryview(out.reshape(-1).view(np.uint8))
+        place = self._start + entry.begin + start * entry.dtype.itemsize
+        while rest:
+            count = os.preadv(self._file, [rest], place)
+            if not count:
+                raise ValueError(f"{self.path}: {name!r} ends at byte {place}")
+            rest, place = rest[count:], place + count
 
     def _read(self, dtype, begin, end):
         begin, count = self._start + begin, end - begin
