@@ -16,12 +16,19 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 
 from mtl_jax import configs, report, run
 
 
-def one(config: str, key: str, seed: int, progress: report.Progress) -> dict:
-    """Rows and claims of one run, as numbers."""
+def one(
+    config: str,
+    key: str,
+    seed: int,
+    progress: report.Progress,
+    titles: Sequence[str] = (),
+) -> dict:
+    """Rows, claims and other tables of one run, as numbers."""
     resolved = configs.load_config(config, {key: str(seed)})
     began = time.monotonic()
     with (
@@ -38,6 +45,9 @@ def one(config: str, key: str, seed: int, progress: report.Progress) -> dict:
         "seconds": round(time.monotonic() - began, 1),
         "rows": {row[0]: [row[c] for c in columns] for row in accuracy.rows},
         "claims": {row[0]: [row[1], row[2]] for row in claims.rows},
+        "tables": {
+            title: [tables[title].columns, *tables[title].rows] for title in titles
+        },
     }
 
 
@@ -84,17 +94,23 @@ def main() -> None:
     parser.add_argument("config", metavar="CONFIG:VARIANT")
     parser.add_argument("--key", default="experts.seed", help="what a seed sets")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--tables", nargs="+", default=[], metavar="TITLE")
     parser.add_argument("--out", type=pathlib.Path, default="experiments/results")
     args = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     with report.Progress(args.config, interval=60) as progress:
-        runs = [one(args.config, args.key, seed, progress) for seed in args.seeds]
+        runs = [
+            one(args.config, args.key, seed, progress, args.tables)
+            for seed in args.seeds
+        ]
     environment = report.environment()
     path, variant = configs.split_spec(args.config)
     args.out.mkdir(parents=True, exist_ok=True)
     target = args.out / f"{path.stem}-{variant}.json"
     content = {"config": args.config, "key": args.key, "environment": environment}
-    target.write_text(json.dumps({**content, "runs": runs}, indent=1) + "\n")
+    target.write_text(
+        json.dumps({**content, "runs": runs}, indent=1, default=float) + "\n"
+    )
     sys.stdout.write(markdown(args.config, runs, environment) + "\n")
 
 

@@ -53,13 +53,13 @@ SPEC = SystemSpec(
 )
 
 
-def _recipe(study, steps, batch_size=None, optimizer=None) -> zoo.Recipe:
+def _recipe(study, steps, batch_size=None, optimizer=None, stops=4) -> zoo.Recipe:
     return zoo.Recipe(
         steps=steps,
         batch_size=batch_size or study.batch_size,
         optimizer=optimizer or study.optimizer,
         seed=study.seed,
-        chunk=steps // 4,
+        chunk=max(1, steps // stops),
     )
 
 
@@ -173,7 +173,7 @@ def _negation(study) -> None:
         return
     control = study.names.index(config.control)
     material = zoo.Material(study.evaluator, labels=True)
-    recipe = _recipe(config, config.negate_steps, config.few_batch)
+    recipe = _recipe(config, config.negate_steps, config.few_batch, stops=20)
     run, rows = zoo.coefficients(material, transfer.cross_entropy, recipe), []
     for t in (t for t in range(len(study.names)) if t != control):
         vector = jax.tree.map(lambda x, t=t: x[t : t + 1], taus)
