@@ -49,6 +49,7 @@ class Inputs:
       checkpoints: by model, the donor of config and tokenizer first.
       vocabulary: tokens of the output, where the recipe asks for a tokenizer.
       donor_ids: tokens of the donor, where they were read.
+      mapping: digest of how rows were mapped.
       untied: whether an output head was separated from the embeddings.
       notes: what the user should know.
     """
@@ -56,6 +57,7 @@ class Inputs:
     checkpoints: Mapping[Model, Checkpoint]
     vocabulary: tokens.OutputVocabulary | None
     donor_ids: Mapping[str, int]
+    mapping: str
     untied: bool
     notes: tuple[str, ...]
 
@@ -76,15 +78,20 @@ def open_inputs(recipe: Recipe) -> Inputs:
     found = [_open(model) for model in recipe.models()]
     untied = _match_heads(found)
     notes: list[str] = []
-    vocabulary, ids = None, {}
+    vocabulary, ids, mapping = None, {}, ""
     if recipe.tokenizer is None:
         tokens.check_same(
             [c.model for c in found], [c.source.side_files for c in found]
         )
     else:
-        vocabulary, ids = _match_vocabularies(recipe, found, notes)
+        vocabulary, ids, mapping = _match_vocabularies(recipe, found, notes)
     return Inputs(
-        {c.model: c for c in found}, vocabulary, ids, untied, (*recipe.notes, *notes)
+        checkpoints={c.model: c for c in found},
+        vocabulary=vocabulary,
+        donor_ids=ids,
+        mapping=mapping,
+        untied=untied,
+        notes=(*recipe.notes, *notes),
     )
 
 
@@ -188,7 +195,7 @@ def _flat(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 def _match_vocabularies(
     recipe: Recipe, found: list[Checkpoint], notes: list[str]
-) -> tuple[tokens.OutputVocabulary, Mapping[str, int]]:
+) -> tuple[tokens.OutputVocabulary, Mapping[str, int], str]:
     """Puts views of mapped rows in place of the vocabulary tensors of every model."""
     request = recipe.tokenizer
     if request is None:
@@ -227,7 +234,7 @@ def _match_vocabularies(
         found[own] = dataclasses.replace(
             checkpoint, tensors={**checkpoint.tensors, **changed}
         )
-    return output, vocabularies[0].ids
+    return output, vocabularies[0].ids, _rows.digest(maps)
 
 
 def _read_vocabularies(

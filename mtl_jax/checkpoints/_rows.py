@@ -1,6 +1,7 @@
 """Views of tensors with gathered rows: vocabularies put in another order."""
 
 import functools
+import hashlib
 import math
 import threading
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["AVERAGE", "MEAN", "ZERO", "RowMap", "RowsView"]
+__all__ = ["AVERAGE", "MEAN", "ZERO", "RowMap", "RowsView", "digest"]
 
 ZERO, AVERAGE, MEAN = -1, -2, -3
 
@@ -36,6 +37,16 @@ class RowMap(NamedTuple):
             and bool((self.donor == own).all())
             and bool((self.row == np.arange(rows)).all())
         )
+
+
+def digest(maps: Sequence[RowMap]) -> str:
+    """Changes whenever a row comes from elsewhere."""
+    out = hashlib.sha256()
+    for rows in maps:
+        out.update(rows.donor.tobytes())
+        out.update(rows.row.tobytes())
+        out.update(repr((rows.averages, rows.named)).encode())
+    return out.hexdigest()
 
 
 class RowsView:

@@ -191,6 +191,7 @@ def _digest(plan: Plan, seed: int) -> str:
         "version": __version__,
         "seed": seed,
         "recipe": plan.recipe.text,
+        "rows": plan.inputs.mapping,
         "inputs": [[m.path, c.source.fingerprint] for m, c in inputs.items()],
         "specs": [[n, s.shape, s.dtype.name] for n, s in plan.specs.items()],
         "options": [sorted(job.options.items()) for job in plan.jobs],

@@ -71,8 +71,9 @@ def test_place():
 
 BEFORE = """model.embed_tokens.weight bert.embeddings.LayerNorm.bias
 transformer.wte.weight transformer.wpe.weight gpt_neox.embed_in.weight
-shared.weight conv1.bias transformer.embedding.word_embeddings.weight visual.patch_embed.proj.weight
-model.embedding_norm.weight layernorm_pre.bias decoder.embed_tokens.weight"""
+shared.weight conv1.bias transformer.embedding.word_embeddings.weight
+visual.patch_embed.proj.weight model.embedding_norm.weight layernorm_pre.bias
+decoder.embed_tokens.weight"""
 BEHIND = """model.norm.weight lm_head.weight bert.pooler.dense.weight classifier.bias
 cls.predictions.decoder.weight transformer.encoder.final_layernorm.weight
 transformer.ln_f.weight embed_out.weight score.weight output.weight

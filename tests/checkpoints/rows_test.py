@@ -76,4 +76,14 @@ def test_identity():
     assert rows.is_identity(0, 3)
     assert not rows.is_identity(1, 3) and not rows.is_identity(0, 4)
     assert not rows._replace(row=np.array([0, 2, 1])).is_identity(0, 3)
-    assert _rows.ZERO < 0
+
+
+def test_digests_tell_maps_apart():
+    rows = RowMap(np.zeros(3, np.int32), np.arange(3), (), 3)
+    others = [
+        rows._replace(row=np.array([0, 2, 1])),
+        rows._replace(donor=np.array([0, 0, 1], np.int32)),
+        rows._replace(averages=(((0, 1), (1, 1)),)),
+    ]
+    found = {_rows.digest([r]) for r in (rows, *others)}
+    assert len(found) == 4 and _rows.digest([rows]) in found
