@@ -55,7 +55,7 @@ from mtl_jax.transforms.merging._lines import layer_index, lines
 from mtl_jax.transforms.merging._lora_factors import lora_align, lora_from_taus
 from mtl_jax.transforms.merging._lora_merge import lora_cat, lora_svd
 from mtl_jax.transforms.merging._magmax import magmax
-from mtl_jax.transforms.merging._mix import mix
+from mtl_jax.transforms.merging._mix_weights import mix_weights
 from mtl_jax.transforms.merging._model_stock import model_stock
 from mtl_jax.transforms.merging._multislerp import multislerp
 from mtl_jax.transforms.merging._nearswap import nearswap
@@ -169,7 +169,7 @@ __all__ = [
     "mask_counts",
     "mask_statistics",
     "mean_grams",
-    "mix",
+    "mix_weights",
     "model_stock",
     "multislerp",
     "nearswap",

@@ -22,7 +22,7 @@ def _mix(first, second, shares):
     return jax.tree.map(leaf, first, second, shares)
 
 
-def mix(first: Any, second: Any, share: Any) -> Any:
+def mix_weights(first: Any, second: Any, share: Any) -> Any:
     """Weighs two models against each other, `share * first + (1 - share) * second`.
 
     Args:
@@ -43,18 +43,18 @@ def mix(first: Any, second: Any, share: Any) -> Any:
       Embeddings for Multi-modal Large Language Models": a model trained on real texts
       and one that went on from it on synthetic ones.
 
-    >>> mix({"w": jnp.ones(2)}, {"w": jnp.zeros(2)}, 0.25)["w"].tolist()
+    >>> mix_weights({"w": jnp.ones(2)}, {"w": jnp.zeros(2)}, 0.25)["w"].tolist()
     [0.25, 0.25]
     """
-    tree.check_match("mix", first, second, other_name="second")
+    tree.check_match("mix_weights", first, second, other_name="second")
     if jax.tree.structure(share) == jax.tree.structure(0):
         share = jax.tree.map(lambda _: share, first)
     shares = jax.tree.map(lambda s: jnp.asarray(s, jnp.float32), share)
     same = jax.tree.structure(shares) == jax.tree.structure(first)
     if not same or any(s.ndim for s in jax.tree.leaves(shares)):
         raise ValueError(
-            "mix: share is neither a scalar nor a tree of scalars like first"
+            "mix_weights: share is neither a scalar nor a tree of scalars like first"
         )
-    tree.check_finite("mix: share", shares)
+    tree.check_finite("mix_weights: share", shares)
     arrays = (jax.tree.map(jnp.asarray, model) for model in (first, second))
     return _mix(*arrays, shares)
