@@ -119,8 +119,10 @@ def brackets(sample: np.ndarray, total: int, wanted: Sequence[int]) -> list[Brac
         high = int(sample[first]) + 1 if 0 <= first < sample.size else _TOP
         low = int(sample[last]) if 0 <= last < sample.size else 1
         low = min(max(low, 1), high)
-        middle = int(sample[min(int(place), sample.size - 1)]) if sample.size else 0
-        found.append(Bracket(low, high, min(max(middle, low), high - 1)))
+        inside = sample[(sample >= np.uint32(low)) & (sample < np.uint32(high))]
+        values, counts = np.unique(inside, return_counts=True)
+        value = int(values[np.argmax(counts)]) if values.size else low
+        found.append(Bracket(low, high, min(max(value, low), high - 1)))
     return found
 
 
@@ -156,15 +158,18 @@ def _kth(tallies: Sequence[Tally], k: int, bracket: Bracket) -> int | None:
     common = sum(p.count for p in parts)
     if rest <= 0:
         return None
-    larger = int(np.count_nonzero(values > np.uint32(bracket.value)))
-    if larger < rest <= larger + common:
+    value = np.uint32(bracket.value)
+    larger = values[values > value]
+    if rest <= larger.size:
+        # Sorting is vectorised and selecting is not: it is faster for so few.
+        return int(np.sort(larger)[larger.size - rest])
+    rest -= larger.size + common
+    if rest <= 0:
         return bracket.value
-    if rest > larger:
-        rest -= common
-    if rest > values.size:
-        return 0 if bracket.low <= 1 else None
-    place = values.size - rest
-    return int(np.partition(values, place)[place])
+    smaller = values[values < value]
+    if rest <= smaller.size:
+        return int(np.sort(smaller)[smaller.size - rest])
+    return 0 if bracket.low <= 1 else None
 
 
 def solve(tallies: Sequence[Tally], k: int, bracket: Bracket) -> list[Cut] | None:
