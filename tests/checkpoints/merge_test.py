@@ -13,6 +13,7 @@ from mtl_jax.checkpoints.source import open_source
 from mtl_jax.io import safetensors
 
 WEIGHTS = (0.5, 1.5)
+LINEAR = "merge_method: linear\nmodels: [one, two]\nparameters: {weight: 1}\n"
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +253,21 @@ def test_the_folder(folders, tmp_path):
     assert done.table().rows[0][0] == 21
 
 
+def test_vocabularies_are_joined(tmp_path, save_llama):
+    tokens = {"x": 0, "<s>": 1, "</s>": 2}
+    one = save_llama(tmp_path / "one", 1, rows=4, tokens={**tokens, "p": 3})
+    two = save_llama(tmp_path / "two", 2, rows=4, tokens={**tokens, "q": 3})
+    M.merge(write(tmp_path, LINEAR + "tokenizer_source: union"), tmp_path / "out")
+    name = "model.embed_tokens.weight"
+    a, b = (t[name].astype(np.float64) for t in (one, two))
+    # Tokens that both have are averaged, others come from the model that has them.
+    wanted = np.concatenate([(a[:3] + b[:3]) / 2, a[3:], b[3:]])
+    found = read(tmp_path / "out")[name].astype(np.float64)
+    np.testing.assert_allclose(found, wanted, rtol=2**-8, atol=1e-6)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["vocab_size"] == 5
+
+
 def files_of(folder):
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
@@ -367,9 +383,6 @@ def test_inputs_are_not_written_over(folders, capsys):
     code, _, err = run(capsys, path, folders[0] / "a", "--overwrite")
     assert code == 2 and "is an input" in err.splitlines()[-1]
     assert files_of(folders[0] / "a") == before
-
-
-LINEAR = "merge_method: linear\nmodels: [one, two]\nparameters: {weight: 1}\n"
 
 
 def opposite(root, save):
