@@ -22,8 +22,8 @@ class Position(NamedTuple):
 
     Attributes:
       kappa: [T], coefficients of the task vectors, for `compose` or `combine`.
-      weights: per stage of the search the weights it learned: one row of T for
-        "joint", T - 1 pairs for "pairwise".
+      weights: per stage of the search the weights it learned, in the order of the
+        search: one row of T for "joint", T - 1 pairs for "pairwise".
       scales: per stage the learned length.
       losses: [stages, S] float32, mean loss over probe tasks of every step.
     """
@@ -32,6 +32,64 @@ class Position(NamedTuple):
     weights: tuple[jax.Array, ...]
     scales: tuple[jax.Array, ...]
     losses: jax.Array
+
+
+class _Searcher(NamedTuple):
+    """What `positioner` makes.
+
+    Attributes:
+      learn: from `learner`.
+      place: `place(variables, args) -> kappa`.
+    """
+
+    learn: Callable[..., Any]
+    place: Callable[..., jax.Array]
+
+    def __call__(
+        self,
+        base: Any,
+        taus: Any,
+        batches: Any,
+        *,
+        norm_penalty: float = 0.01,
+        search: Search = "joint",
+        order: Sequence[int] | None = None,
+    ) -> Position:
+        """See `positioner`."""
+        if search not in get_args(Search):
+            raise ValueError(
+                f"positioner: search is {search!r}, wanted one of {get_args(Search)}"
+            )
+        penalty = _compose.number("positioner", "norm_penalty", norm_penalty)
+        count = tree.num_tasks("positioner", taus)
+        order = permutation("positioner", order, count)
+        probes = jax.tree.leaves(batches)[0].shape[1]
+        args = {
+            "base": base,
+            "taus": taus,
+            "gram": tree.gram(taus),
+            "share": jnp.float32(1 / probes),
+        }
+        units = jnp.eye(count, dtype=jnp.float32)[order]
+        if search == "joint":
+            return _told([self._stage(units, batches, penalty, args)])
+        kappa, found = units[0], []
+        for unit in units[1:]:
+            found.append(self._stage(jnp.stack([kappa, unit]), batches, penalty, args))
+            kappa = found[-1][0]
+        return _told(found or [self._stage(units, batches, penalty, args)])
+
+    def _stage(self, basis, batches, penalty, args):
+        """Learns one weight for each row of the basis [M, T], and a length."""
+        args = {**args, "basis": basis}
+        start = {
+            "log_weights": jnp.zeros(len(basis), jnp.float32),
+            "scale": jnp.ones((), jnp.float32),
+            "penalty": jnp.float32(penalty),
+        }
+        learned = self.learn(start, batches, args=args)
+        kappa = self.place(learned.variables, args)
+        return kappa, learned.variables, jnp.sum(learned.losses, 1)
 
 
 def positioner(
@@ -97,49 +155,15 @@ def positioner(
     def shorten(variables):
         return jax.lax.stop_gradient(variables["penalty"]) * variables["scale"]
 
-    learn = learner(params_fn, one, tx, penalty=shorten)
-    place = jax.jit(coefficients)
+    return _Searcher(
+        learner(params_fn, one, tx, penalty=shorten), jax.jit(coefficients)
+    )
 
-    def run(
-        base: Any,
-        taus: Any,
-        batches: Any,
-        *,
-        norm_penalty: float = 0.01,
-        search: Search = "joint",
-        order: Sequence[int] | None = None,
-    ) -> Position:
-        if search not in get_args(Search):
-            raise ValueError(
-                f"positioner: search is {search!r}, wanted one of {get_args(Search)}"
-            )
-        penalty = _compose.number("positioner", "norm_penalty", norm_penalty)
-        count = tree.num_tasks("positioner", taus)
-        order = permutation("positioner", order, count)
-        probes = jax.tree.leaves(batches)[0].shape[1]
-        args = {
-            "base": base,
-            "taus": taus,
-            "gram": tree.gram(taus),
-            "share": jnp.float32(1 / probes),
-        }
-        units = jnp.eye(count, dtype=jnp.float32)[order]
-        kappa, found = units[0], []
-        for last in range(1, count) if search == "pairwise" else (count,):
-            basis = jnp.stack([kappa, units[last]]) if last < count else units
-            start = {
-                "log_weights": jnp.zeros(len(basis), jnp.float32),
-                "scale": jnp.ones((), jnp.float32),
-                "penalty": jnp.float32(penalty),
-            }
-            learned = learn(start, batches, args={**args, "basis": basis})
-            kappa = place(learned.variables, {**args, "basis": basis})
-            found.append((learned.variables, jnp.sum(learned.losses, 1)))
-        return Position(
-            kappa,
-            tuple(jnp.exp(variables["log_weights"]) for variables, _ in found),
-            tuple(variables["scale"] for variables, _ in found),
-            jnp.stack([losses for _, losses in found]),
-        )
 
-    return run
+def _told(stages) -> Position:
+    return Position(
+        stages[-1][0],
+        tuple(jnp.exp(variables["log_weights"]) for _, variables, _ in stages),
+        tuple(variables["scale"] for _, variables, _ in stages),
+        jnp.stack([losses for _, _, losses in stages]),
+    )
