@@ -10,6 +10,7 @@ import numpy as np
 
 from mtl_jax import losses, metrics, report, tree
 from mtl_jax.zoo.learning import Trace
+from mtl_jax.zoo.material import Material
 
 
 def add_table(
@@ -69,10 +70,12 @@ def add_course(
 
 def add_entropy(study: Any, trained: Any) -> float:
     """Mean over tasks of the rank correlation of entropy and cross-entropy."""
-    rows = []
+    material, rows = Material(study.evaluator), []
     for task, name in enumerate(study.names):
-        logits = study.evaluator.logits_of(task)
-        parts = [logits(trained, b) for b in study.evaluator.rows(task, "test")]
+        parts = [
+            material.outputs(trained, task, batch)
+            for batch in study.evaluator.rows(task, "test")
+        ]
         found = jnp.concatenate(parts)
         labels = jnp.asarray(study.zoo.tasks[task].splits["test"]["label"])
         cost = losses.softmax_cross_entropy(found, labels)

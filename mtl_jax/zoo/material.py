@@ -144,11 +144,18 @@ class Material:
             rows, steps=steps, batch_size=batch_size, seed=seed, chunk=chunk
         )
 
-    def probabilities(self, trained: Any, task: int, inputs: Any) -> np.ndarray:
-        """[N, C] for any rows of a task, of the classes that it has."""
+    def outputs(self, trained: Any, task: int, inputs: Any) -> chex.Array:
+        """Logits [N, C] for any rows of a task, of the classes that it has; compiled.
+
+        One compiled function serves all tasks, for rows of one shape.
+        """
         data = self.zoo.tasks[task]
         found = self._predict(trained, inputs, data.head, self.args)
-        return np.asarray(jax.nn.softmax(found[:, : data.num_classes]))
+        return found[:, : data.num_classes]
+
+    def probabilities(self, trained: Any, task: int, inputs: Any) -> np.ndarray:
+        """[N, C] for any rows of a task, of the classes that it has."""
+        return np.asarray(jax.nn.softmax(self.outputs(trained, task, inputs)))
 
     def predict(self, trained: Any, task: int, inputs: Any) -> np.ndarray:
         """Predicted classes [N] of any rows of a task."""
