@@ -6,8 +6,9 @@ Suites: text (eight real text tasks, MiniLM), vision (four real image tasks, a s
 ViT), world (eight synthetic tasks, an MLP). A seed trains new experts. Each rule stands
 at its defaults; its strength, one number, is chosen on validation rows from the grid of
 its kind. Experts and accuracies are remembered, so a study that was stopped goes on.
-The numbers go to OUT/merge_rules-SUITE.json, Markdown for experiments/RESULTS.md to the
-terminal, the report with its plots to WORKDIR.
+The numbers go to OUT/merge_rules-SUITE.json, where rows of the same suite and seeds that
+are not run again stay as they are; Markdown for experiments/RESULTS.md to the terminal,
+the report with its plots to WORKDIR.
 """
 
 import argparse
@@ -179,7 +180,7 @@ def collect(studies: dict[int, Any]) -> dict[str, dict[str, Any]]:
     found = collections.defaultdict(dict)
     for seed, study in studies.items():
         for name, result in study.results.items():
-            found[name][seed] = {
+            found[name][str(seed)] = {
                 "accuracy": result.accuracy.tolist(),
                 "normalised": result.normalised.tolist(),
                 "chosen": list(result.chosen),
@@ -240,20 +241,28 @@ def main() -> None:
     with report.Progress(args.suite, interval=60) as progress:
         studies = {s: one(args.suite, s, args, progress) for s in args.seeds}
     first = next(iter(studies.values()))
-    found = collect(studies)
-    table = leaderboard(found, first.names)
     content = {
         "config": first.config.to_dict(),
         "seeds": args.seeds,
-        "environment": report.environment(),
         "trained_parameters": tree.size(first.zoo.base),
-        "tasks": first.names,
-        "rows": found,
+        "tasks": list(first.names),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"merge_rules-{args.suite}.json"
+    content["rows"] = kept(path, content) | collect(studies)
+    content["environment"] = report.environment()
+    args.out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
+    table = leaderboard(content["rows"], first.names)
     sys.stdout.write(table.to_markdown() + "\n")
+
+
+def kept(path: pathlib.Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Rows of an earlier run of the same suite and seeds."""
+    if not path.is_file():
+        return {}
+    old = json.loads(path.read_text())
+    same = json.loads(json.dumps(content))
+    return old["rows"] if all(old[key] == same[key] for key in same) else {}
 
 
 if __name__ == "__main__":
