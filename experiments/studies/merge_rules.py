@@ -6,9 +6,9 @@ Suites: text (eight real text tasks, MiniLM), vision (four real image tasks, a s
 ViT), world (eight synthetic tasks, an MLP). A seed trains new experts. Each rule stands
 at its defaults; its strength, one number, is chosen on validation rows from the grid of
 its kind. Experts and accuracies are remembered, so a study that was stopped goes on.
-The numbers go to OUT/merge_rules-SUITE.json, where rows of the same suite and seeds that
-are not run again stay as they are; Markdown for experiments/RESULTS.md to the terminal,
-the report with its plots to WORKDIR.
+The numbers go to OUT/merge_rules-SUITE.json, where rows of the same suite and seeds
+that are not run again stay as they are; Markdown for experiments/RESULTS.md to the
+terminal, the report with its plots to WORKDIR.
 """
 
 import argparse
