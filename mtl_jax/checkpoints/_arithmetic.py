@@ -81,15 +81,16 @@ class Coin:
 def top_counts(options: dict[str, Any], sizes: list[int]) -> list[list[int]]:
     """Per task how many entries reach the lower cutoff, and the upper, if any.
 
-    As in mergekit: of n entries int(density n) are kept; int(gamma n) at the top are
-    dropped, or as many as leave that number.
+    As in mergekit: of n entries int(density n) are kept, without a gamma at least one
+    unless the density is 0; int(gamma n) at the top are dropped, or as many as leave
+    that number.
     """
     found = []
     for t, size in enumerate(sizes):
         density = options["density"][t]
         kept = size if density >= 1 else int(density * size)
         if "gamma" not in options:
-            found.append([kept])
+            found.append([max(kept, min(size, 1)) if density > 0 else 0])
             continue
         top = 0 if density >= 1 else int(options["gamma"][t] * size)
         bottom = max(size - kept - top, 0)

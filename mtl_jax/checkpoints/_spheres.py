@@ -54,10 +54,24 @@ def gram(work: Work, *, based: bool) -> Gram:
 
 def _combine(work: Work, weights: np.ndarray, *, based: bool) -> None:
     """sum_i w_i x_i; of task vectors, added to the base."""
-    if based:
-        weights = np.concatenate([[1 - weights.sum()], weights])
     factors = floats(weights)
-    work.emit(lambda c: _programs.combine(c.data, factors, dtype=work.dtype))
+    if not based:
+        work.emit(lambda c: _programs.combine(c.data, factors, dtype=work.dtype))
+        return
+    # From the differences, which are small: a factor may be large.
+    pair, one = np.stack([factors, factors]), floats(1.0)
+    work.emit(
+        lambda c: _programs.arithmetic(
+            c.data,
+            pair,
+            one,
+            {},
+            select="all",
+            elect=False,
+            normalize=False,
+            dtype=work.dtype,
+        )
+    )
 
 
 def _arc(found: Gram, t: float, *, linear_above: float) -> np.ndarray:
@@ -109,9 +123,10 @@ def multislerp(work: Work) -> None:
     if work.count == 1:
         _combine(work, np.ones(1), based=based)
         return
-    found = gram(work, based=based)
+    found, eps = gram(work, based=based), work.options["eps"]
     lengths = found.lengths
-    shares = weights / (lengths + work.options["eps"])
+    moved = lengths > 0
+    shares = np.where(moved, weights / np.where(moved, lengths + eps, 1), 0)
     square = shares @ found.between @ shares
     if square <= _TINY * np.abs(weights).sum() ** 2:
         factors = weights  # The directions cancel.
