@@ -55,7 +55,8 @@ def evaluate(setting: Setting, tensor: str, t: float) -> Scalar | None:
     """The value of a setting for a tensor.
 
     A list of numbers is a gradient: linear between its points, which lie evenly from
-    the first layer (t = 0) to the last (t = 1). A list of words changes in steps. Of
+    the first layer (t = 0) to the last (t = 1). A list with words or flags changes in
+    steps. Of
     values with filters, the first whose filter is part of the tensor's name is taken.
 
     Args:
@@ -79,7 +80,7 @@ def evaluate(setting: Setting, tensor: str, t: float) -> Scalar | None:
     points = [point for point in setting if not isinstance(point, Conditional)]
     place = t * (len(points) - 1)
     low = int(place)
-    if any(isinstance(point, str) for point in points):
+    if any(isinstance(point, str | bool) for point in points):
         return points[low]
     high = min(low + 1, len(points) - 1)
     rest = place - low

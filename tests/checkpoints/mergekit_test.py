@@ -26,6 +26,11 @@ def test_words_change_in_steps(t, wanted):
     assert mergekit.evaluate(("a", "b", "c"), "x", t) == wanted
 
 
+def test_flags_change_in_steps():
+    assert mergekit.evaluate((True, False), "x", 0.9) is True
+    assert mergekit.evaluate((True, False), "x", 1.0) is False
+
+
 def test_the_first_filter_that_fits():
     setting = (
         Conditional("mlp", (0.0, 1.0)),
