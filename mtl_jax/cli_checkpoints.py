@@ -240,6 +240,12 @@ def _merge(args: argparse.Namespace) -> int:
     from mtl_jax.checkpoints import merge
 
     plan = merge.make_plan(args.recipe, dtype=args.dtype)
+    writing = {
+        "seed": args.seed,
+        "shard_bytes": args.shard_size,
+        "overwrite": args.overwrite,
+    }
+    merge.check_out(plan, args.out, **writing)
     _print_table(merge.plan_table(plan))
     if args.dry_run:
         return 0
@@ -249,9 +255,7 @@ def _merge(args: argparse.Namespace) -> int:
         done = merge.merge(
             plan,
             args.out,
-            seed=args.seed,
-            shard_bytes=args.shard_size,
-            overwrite=args.overwrite,
+            **writing,
             check_finite=not args.no_check_finite,
             progress=lambda done, total: task(*_mebibytes(done, total)),
         )

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -26,7 +26,6 @@ __all__ = [
     "Parts",
     "Summed",
     "Task",
-    "check_apart",
     "digest_of_specs",
     "key",
     "location",
@@ -261,17 +260,6 @@ def location(path: epath.PathLike) -> str:
     """
     text = str(path)
     return os.path.abspath(text) if os.path.exists(text) else text
-
-
-def check_apart(where: str, out: epath.PathLike, inputs: Iterable[Any]) -> None:
-    """Refuses to write into a folder that is read from.
-
-    Raises:
-      ValueError: naming it.
-    """
-    for path in inputs:
-        if os.path.realpath(out) == os.path.realpath(path):
-            raise ValueError(f"{where}: {out} is read from, choose another folder")
 
 
 def task_names(sources: Sequence[str], names: Sequence[str] | None) -> list[str]:

@@ -170,12 +170,7 @@ def _vocabulary_tensors(checkpoint: Checkpoint, rows: int) -> list[str]:
     name.
     """
     stacks = checkpoint.stacks
-    numbers = [
-        value
-        for key, value in _flat(checkpoint.config)
-        if key != "vocab_size" and not key.endswith("_token_id")
-    ]
-    by_name = rows in numbers or not checkpoint.config
+    by_name = rows in _other_numbers(checkpoint) or not checkpoint.config
     return [
         name
         for name, view in checkpoint.tensors.items()
@@ -183,6 +178,36 @@ def _vocabulary_tensors(checkpoint: Checkpoint, rows: int) -> list[str]:
         and view.spec.shape[0] == rows
         and _layers.place(name, stacks) is None
         and (not by_name or _HEAD.search(name) or _EMBEDDING.search(name))
+    ]
+
+
+def _refuse_columns(checkpoint: Checkpoint, rows: int) -> None:
+    """Refuses tokens along another axis, which no map of rows would move.
+
+    Raises:
+      ValueError: for a tensor such as `final_logits_bias` [1, vocabulary], by name.
+    """
+    numbers = _other_numbers(checkpoint)
+    for name, view in checkpoint.tensors.items():
+        shape = tuple(view.spec.shape)
+        if rows not in shape[1:] or shape[0] == rows:
+            continue
+        if _layers.place(name, checkpoint.stacks) is not None:
+            continue
+        if rows not in numbers or "logits_bias" in name:
+            raise ValueError(
+                f"merge: {name!r} of {checkpoint.model} is {list(shape)}: its {rows} "
+                "tokens are not rows, which is all that tokenizer_source and tokenizer "
+                "can match"
+            )
+
+
+def _other_numbers(checkpoint: Checkpoint) -> list[Any]:
+    """Values of the config that do not count or name tokens."""
+    return [
+        value
+        for key, value in _flat(checkpoint.config)
+        if key != "vocab_size" and not key.endswith("_token_id")
     ]
 
 
@@ -213,9 +238,10 @@ def _match_vocabularies(
     originals = [c.tensors for c in found]
     for own, checkpoint in enumerate(found):
         changed = {}
+        if maps[own].is_identity(own, vocabularies[own].rows):
+            continue
+        _refuse_columns(checkpoint, vocabularies[own].rows)
         for name in names[own]:
-            if maps[own].is_identity(own, vocabularies[own].rows):
-                continue
             lacking = [
                 str(c.model)
                 for c, there in zip(found, names, strict=True)

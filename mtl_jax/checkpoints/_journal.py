@@ -6,6 +6,7 @@ import os
 import pathlib
 from typing import Any, NamedTuple
 
+FILE = ".mtl_jax_journal"
 _FORMAT = 1
 
 
@@ -50,16 +51,11 @@ class Journal:
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(
-                    f"{path.parent}: another process is writing there"
-                ) from None
+                raise _held(path.parent) from None
             found, self.finished = self._read()
             self.fresh = found is None
             if found not in (None, plan) and not restart:
-                raise ValueError(
-                    f"{path.parent} holds an unfinished write of another plan (other "
-                    "inputs, options or layout): repeat that one, or allow to overwrite"
-                )
+                raise of_another_plan(path.parent)
             if found != plan:
                 self.finished = {}
                 os.ftruncate(self._fd, 0)
@@ -75,7 +71,7 @@ class Journal:
         for line in raw.splitlines(keepends=True):
             entry = _entry(line)
             if plan is None:
-                plan = entry.get("plan") if entry.get("format") == _FORMAT else None
+                plan = _plan(entry)
             elif {"tensor", "pieces"} <= set(entry):
                 finished[entry["tensor"]] = [Piece(*each) for each in entry["pieces"]]
             else:
@@ -116,3 +112,36 @@ def _entry(line: bytes) -> dict[str, Any]:
     except ValueError:
         return {}
     return entry if isinstance(entry, dict) else {}
+
+
+def _plan(entry: dict[str, Any]) -> str | None:
+    """The plan that a first line names."""
+    return entry.get("plan") if entry.get("format") == _FORMAT else None
+
+
+def _held(folder: pathlib.Path) -> ValueError:
+    return ValueError(f"{folder}: another process is writing there")
+
+
+def of_another_plan(folder: pathlib.Path) -> ValueError:
+    """What to raise where another plan was begun."""
+    return ValueError(
+        f"{folder} holds an unfinished write of another plan (other inputs, options or "
+        "layout): repeat that one, or allow to overwrite"
+    )
+
+
+def peek(folder: pathlib.Path) -> str | None:
+    """The plan of an unfinished write in a folder, without changing anything.
+
+    Raises:
+      ValueError: if another process is at it.
+    """
+    if not (folder / FILE).is_file():
+        return None
+    with (folder / FILE).open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _held(folder) from None
+        return _plan(_entry(file.readline()))

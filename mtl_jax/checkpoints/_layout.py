@@ -28,7 +28,7 @@ class Layout:
     Args:
       specs: tensors in the order in which files are filled.
       shard_bytes: at most so many bytes of tensors in a file, or one tensor.
-      metadata: of every file.
+      metadata: of every file; None = as PyTorch programs expect.
 
     Attributes:
       headers: file -> what it begins with.
@@ -44,8 +44,9 @@ class Layout:
         self,
         specs: Mapping[str, TensorSpec],
         shard_bytes: int,
-        metadata: Mapping[str, str],
+        metadata: Mapping[str, str] | None = None,
     ):
+        metadata = {"format": "pt"} if metadata is None else metadata
         if not specs:
             raise ValueError("CheckpointWriter: there are no tensors to write")
         if shard_bytes < 1:

@@ -23,7 +23,7 @@ from mtl_jax.transforms.adapters import lora
 __all__ = ["add_adapter", "open_adapter"]
 
 CONFIG = "adapter_config.json"
-_WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _BLOCK = 1 << 18  # Entries of the product that are computed at a time.
 _FACTORS = {
@@ -82,14 +82,14 @@ def open_adapter(path: epath.PathLike) -> Source:
     """
     path = epath.Path(path)
     config = shards.read_json(path / CONFIG)
-    if not (path / _WEIGHTS).is_file():
+    if not (path / WEIGHTS).is_file():
         if (path / "adapter_model.bin").is_file():
             raise ValueError(
                 f"{path / 'adapter_model.bin'}: pickled weights are not read, which "
                 "may run any code; convert them to safetensors"
             )
-        raise FileNotFoundError(f"no such file: {path / _WEIGHTS}")
-    files = {_WEIGHTS: safetensors.SafetensorsFile(path / _WEIGHTS)}
+        raise FileNotFoundError(f"no such file: {path / WEIGHTS}")
+    files = {WEIGHTS: safetensors.SafetensorsFile(path / WEIGHTS)}
     return Source(
         path,
         views_of(files),
@@ -145,6 +145,7 @@ def add_adapter(base: Source, path: epath.PathLike) -> Source:
         fingerprint=digest.hexdigest()[:32],
         side_files=base.side_files,
         stored={n: base.stored.get(n, view.spec) for n, view in views.items()},
+        adapters=(*base.paths[1:], adapter.path),
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 import mtl_jax
-from mtl_jax.checkpoints import _bank, adapters
+from mtl_jax.checkpoints import _bank, _target, adapters
 from mtl_jax.checkpoints._bank_adapters import AdapterPacker
 from mtl_jax.checkpoints._bank_methods import Errors
 from mtl_jax.checkpoints._bank_tensors import Packer
@@ -104,8 +104,8 @@ def compress(
         raise ValueError("compress: no experts, wanted at least one")
     options = _checked_options(method, options, len(tasks))
     origin = open_source(base)
-    inputs = [origin.path, *(source.path for source in tasks.values())]
-    _bank.check_apart("compress", out, inputs)
+    for source in (origin, *tasks.values()):
+        _target.check_apart("compress", out, source.paths)
     packer = _packer(method, options, origin, tasks)
     plan = _plan(method, options, origin, tasks)
     writer = CheckpointWriter(
@@ -115,6 +115,7 @@ def compress(
         shard_bytes=shard_bytes,
         overwrite=overwrite,
         metadata={"format": "mtl_jax bank"},
+        beside=[_bank.DESCRIPTION],
     )
     with writer, Notes(epath.Path(out) / _NOTES, plan) as notes:
         total = _store(packer, writer, notes, len(tasks), progress)

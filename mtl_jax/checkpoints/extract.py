@@ -7,7 +7,13 @@ from collections.abc import Callable, Mapping
 
 from etils import epath
 
-from mtl_jax.checkpoints import _bank, _bank_adapters, _bank_tensors, adapters
+from mtl_jax.checkpoints import (
+    _bank,
+    _bank_adapters,
+    _bank_tensors,
+    _target,
+    adapters,
+)
 from mtl_jax.checkpoints.compress import nbytes
 from mtl_jax.checkpoints.source import Source, TensorSpec, open_source
 from mtl_jax.checkpoints.writer import CheckpointWriter
@@ -16,7 +22,6 @@ from mtl_jax.io import safetensors
 __all__ = ["Extracted", "extract", "read_bank"]
 
 read_bank = _bank.read_bank
-_ADAPTER = "adapter_model.safetensors"
 Progress = Callable[[int, int], None]
 
 
@@ -69,7 +74,7 @@ def extract(
     started = time.monotonic()
     found, tensors = read_bank(bank)
     index = found.index(task)
-    _bank.check_apart("extract", out, [bank])
+    _target.check_apart("extract", out, [bank])
     specs = {
         name: entry.spec(index)
         for name, entry in found.entries.items()
@@ -83,7 +88,7 @@ def extract(
         _write_adapter(found, tensors, index, epath.Path(out), files, overwrite)
     else:
         origin = _base_of(found, base)
-        _bank.check_apart("extract", out, [origin.path])
+        _target.check_apart("extract", out, origin.paths)
         plan = f"{task}\n{tensors.fingerprint}\n{origin.fingerprint}"
         writer = CheckpointWriter(
             out,
@@ -91,7 +96,7 @@ def extract(
             plan=hashlib.sha256(plan.encode()).hexdigest(),
             shard_bytes=shard_bytes,
             overwrite=overwrite,
-            metadata={"format": "pt"},
+            beside=files,
         )
         with writer:
             _write(found, tensors, index, origin, specs, writer, progress)
@@ -161,6 +166,6 @@ def _write_adapter(
     out.mkdir(parents=True, exist_ok=True)
     (out / adapters.CONFIG).unlink(missing_ok=True)
     found = dict(_bank_adapters.restored_adapter(bank, tensors, task))
-    safetensors.save(out / _ADAPTER, found, {"format": "pt"})
+    safetensors.save(out / adapters.WEIGHTS, found, {"format": "pt"})
     for name in sorted(files, key=lambda name: name == adapters.CONFIG):
         (out / name).write_bytes(files[name].read_bytes())

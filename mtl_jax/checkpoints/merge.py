@@ -11,13 +11,22 @@ import time
 from typing import Any
 
 from mtl_jax import __version__
-from mtl_jax.checkpoints import _folder, _inputs, _plan, card, engine, recipe, rules
+from mtl_jax.checkpoints import (
+    _folder,
+    _inputs,
+    _plan,
+    _target,
+    card,
+    engine,
+    recipe,
+    rules,
+)
 from mtl_jax.checkpoints._plan import Plan
 from mtl_jax.checkpoints._schema import DTYPES, Recipe
 from mtl_jax.checkpoints.writer import CheckpointWriter
 from mtl_jax.report.table import Table
 
-__all__ = ["Merged", "Plan", "make_plan", "merge"]
+__all__ = ["Merged", "Plan", "check_out", "make_plan", "merge", "plan_table"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,21 +156,15 @@ def merge(
     """
     started = time.monotonic()
     plan = source if isinstance(source, Plan) else make_plan(source, dtype=dtype)
-    folder = pathlib.Path(out)
-    for checkpoint in plan.inputs.checkpoints.values():
-        if _same_folder(folder, checkpoint.source.path):
-            raise ValueError(f"merge: {folder} is an input; wants another folder")
-    files: dict[str, Any] = dict(_folder.folder_files(plan))
-    text = card.model_card(
-        plan, name=folder.resolve().name, seed=seed, version=__version__
-    )
-    files |= {"README.md": text.encode(), card.RECIPE_FILE: plan.recipe.text.encode()}
+    folder, files = _target.local_folder(out), output_files(plan, out, seed)
+    _refuse_inputs(plan, folder)
     with CheckpointWriter(
         folder,
         plan.specs,
         plan=_digest(plan, seed),
         shard_bytes=shard_bytes,
         overwrite=overwrite,
+        beside=files,
     ) as writer:
         done = len(writer.done)
         summary = engine.run(
@@ -177,11 +180,48 @@ def merge(
     )
 
 
-def _same_folder(folder: pathlib.Path, path: Any) -> bool:
-    local = pathlib.Path(os.fspath(path))
-    if not folder.exists() or not local.exists():
-        return False
-    return folder.samefile(local if local.is_dir() else local.parent)
+def check_out(
+    plan: Plan,
+    out: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+) -> None:
+    """Refuses a folder that `merge` would refuse to write, and touches nothing.
+
+    Raises:
+      ValueError: for an input, or what must not be replaced.
+      OSError: if there is no room, or no permission.
+    """
+    folder = _target.local_folder(out)
+    _refuse_inputs(plan, folder)
+    _target.check_target(
+        folder,
+        plan.specs,
+        plan=_digest(plan, seed),
+        shard_bytes=shard_bytes,
+        overwrite=overwrite,
+        beside=output_files(plan, out, seed),
+    )
+
+
+def output_files(
+    plan: Plan, out: str | os.PathLike[str], seed: int
+) -> dict[str, bytes | pathlib.Path]:
+    """All files of the output beside its tensors: name -> content, or what to copy."""
+    name = pathlib.Path(out).resolve().name
+    text = card.model_card(plan, name=name, seed=seed, version=__version__)
+    return {
+        **_folder.folder_files(plan),
+        "README.md": text.encode(),
+        card.RECIPE_FILE: plan.recipe.text.encode(),
+    }
+
+
+def _refuse_inputs(plan: Plan, folder: pathlib.Path) -> None:
+    for checkpoint in plan.inputs.checkpoints.values():
+        _target.check_apart("merge", folder, checkpoint.source.paths)
 
 
 def _digest(plan: Plan, seed: int) -> str:

@@ -126,6 +126,7 @@ class Source(Mapping[str, TensorView]):
 
     Attributes:
       path: as it was opened; with adapters, of the base.
+      paths: all folders and files that were opened, of adapters too.
       config: contents of `config.json`, or of `adapter_config.json` for an adapter
         alone; None without one.
       fingerprint: changes when any file of tensors does: its name, header, size or
@@ -145,8 +146,10 @@ class Source(Mapping[str, TensorView]):
         fingerprint: str = "",
         side_files: Mapping[str, pathlib.Path] | None = None,
         stored: Mapping[str, TensorSpec] | None = None,
+        adapters: tuple[epath.Path, ...] = (),
     ):
         self.path = epath.Path(path)
+        self.paths = (self.path, *adapters)
         self._views = dict(views)
         self.config = config
         self.fingerprint = fingerprint

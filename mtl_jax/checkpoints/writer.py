@@ -7,12 +7,13 @@ import pathlib
 import shutil
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 
 import numpy as np
 from etils import epath
 
+from mtl_jax.checkpoints import _journal, _target
 from mtl_jax.checkpoints._journal import Journal, Piece
 from mtl_jax.checkpoints._layout import Layout
 from mtl_jax.checkpoints._spool import Spool
@@ -21,7 +22,6 @@ from mtl_jax.io import safetensors, shards
 
 __all__ = ["CheckpointWriter"]
 
-_JOURNAL = ".mtl_jax_journal"
 _SHARDS = "model-*-of-*.safetensors"
 _DIRTY = 64 << 20  # Bytes after which the disk is told to take what it was given.
 _READ = 8 << 20  # Bytes read at a time where written ones are checked.
@@ -42,16 +42,19 @@ class CheckpointWriter:
         unfinished run is continued if its plan and specs are the same.
       shard_bytes: at most so many bytes of tensors in a file, or one tensor.
       metadata: of the files; None = as PyTorch programs expect.
-      overwrite: replace a checkpoint, or an unfinished one of another plan. The old
-        checkpoint stays whole until `finish`.
+      overwrite: replace a checkpoint and the files beside it, or an unfinished one of
+        another plan. The old checkpoint stays whole until `finish`.
+      beside: names of the files that `finish` will be given, so that those of others
+        are not replaced unasked.
       buffer_bytes: chunks that wait for the disk; `write` blocks beyond that.
 
     Attributes:
       done: tensors that need not be written again.
 
     Raises:
-      ValueError: if the folder has a checkpoint, or an unfinished one of another plan,
-        or another process writes there, or a dtype is not of the format.
+      ValueError: if the folder has a checkpoint, a file of a name that is needed, or
+        an unfinished checkpoint of another plan, or another process writes there, or
+        a dtype is not of the format.
       OSError: if there is no room, or no permission.
     """
 
@@ -64,12 +67,10 @@ class CheckpointWriter:
         shard_bytes: int = 5_000_000_000,
         metadata: Mapping[str, str] | None = None,
         overwrite: bool = False,
+        beside: Iterable[str] = (),
         buffer_bytes: int = 64 << 20,
     ):
-        if "://" in str(out):
-            raise ValueError(f"CheckpointWriter: {out}: wants a local folder")
-        self.path = pathlib.Path(out)
-        metadata = {"format": "pt"} if metadata is None else metadata
+        self.path = _target.local_folder(out)
         self._layout = Layout(specs, shard_bytes, metadata)
         self._lock = threading.Lock()
         self._given: dict[str, list[tuple[int, int]]] = {}
@@ -82,28 +83,19 @@ class CheckpointWriter:
         with _plainly(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._journal = Journal(
-                self.path / _JOURNAL, self._layout.digest(plan), restart=overwrite
+                self.path / _journal.FILE, self._layout.digest(plan), restart=overwrite
             )
         self._spool = Spool(self._store, buffer_bytes)
         try:
             with _plainly(self.path):
                 if self._journal.fresh and not overwrite:
-                    self._refuse()
+                    _target.refuse_loss(self.path, beside)
                 self.done = self._proven()
                 self._reserve()
                 self._skip_empty()
         except BaseException:
             self._abandon()
             raise
-
-    def _refuse(self) -> None:
-        """Raises where a finished checkpoint would be lost."""
-        for name in sorted(child.name for child in self.path.iterdir()):
-            if name == shards.INDEX or name.endswith(".safetensors"):
-                raise ValueError(
-                    f"{self.path} holds a checkpoint ({name}): choose another folder, "
-                    "or allow to overwrite"
-                )
 
     def _abandon(self) -> None:
         """Leaves what an earlier run did, and else nothing."""
@@ -126,7 +118,7 @@ class CheckpointWriter:
                 self.done |= {name}
 
     def _partial(self, file: str) -> pathlib.Path:
-        return self.path / f".{file}.partial"
+        return _target.partial(self.path, file)
 
     def _proven(self) -> frozenset[str]:
         """Tensors of the journal whose bytes are on the disk as it says."""

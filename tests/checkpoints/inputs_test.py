@@ -92,6 +92,18 @@ def test_padded_rows_are_not_cut(tmp_path, save_llama, opened):
     np.testing.assert_array_equal(second[3:], a[EMBED][3:])
 
 
+@pytest.mark.parametrize("dim", [16, 4])
+def test_tokens_along_another_axis_are_refused(tmp_path, save_llama, opened, dim):
+    """Whether or not another number of the config equals that of the tokens."""
+    bias = {"final_logits_bias": np.zeros((1, 4), np.float32)}
+    for name, swap in (("a", "xy"), ("b", "yx")):
+        tokens = dict(zip(("a", "<s>", *swap), range(4), strict=True))
+        save_llama(tmp_path / name, rows=4, dim=dim, tokens=tokens, extra=bias)
+    wanted = r"'final_logits_bias' of b is \[1, 4\]: its 4 tokens are not rows"
+    with pytest.raises(ValueError, match=wanted):
+        opened(LINEAR + "tokenizer_source: base")
+
+
 def test_a_model_that_does_not_take_part_gives_its_tokenizer(
     tmp_path, save_llama, save_tokenizer, opened
 ):

@@ -377,11 +377,37 @@ def test_dry_run(folders, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_dry_run_looks_at_the_folder(folders, tmp_path, capsys):
+    """What the merge would refuse, and nothing else, with nothing touched."""
+    path, out = write(folders[0], TIES), tmp_path / "out"
+    out.mkdir()
+    (out / "README.md").write_text("mine")
+    (out / "notes.txt").write_text("mine")
+    for more in ([], ["--dry-run"]):
+        code, _, err = run(capsys, path, out, *more)
+        assert code == 2 and "holds README.md, which would be replaced" in err
+    assert run(capsys, path, out, "--dry-run", "--overwrite")[0] == 0
+    assert {f.name: f.read_text() for f in out.iterdir()} == {
+        "README.md": "mine",
+        "notes.txt": "mine",
+    }
+    file = out / "notes.txt"
+    code, _, err = run(capsys, path, file / "deep", "--dry-run")
+    assert code == 2 and f"{file} is a file" in err
+    code, _, err = run(capsys, path, "gs://bucket/out")
+    assert code == 2 and "wants a local folder" in err
+    (out / "README.md").unlink()
+    assert run(capsys, path, out)[0] == 0
+    code, _, err = run(capsys, path, out, "--dry-run")
+    assert code == 2 and "holds a checkpoint" in err
+    assert file.read_text() == "mine"
+
+
 def test_inputs_are_not_written_over(folders, capsys):
     path = write(folders[0], TIES)
     before = files_of(folders[0] / "a")
     code, _, err = run(capsys, path, folders[0] / "a", "--overwrite")
-    assert code == 2 and "is an input" in err.splitlines()[-1]
+    assert code == 2 and "is read from" in err.splitlines()[-1]
     assert files_of(folders[0] / "a") == before
 
 
