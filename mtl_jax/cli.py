@@ -280,6 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         message, code = _explain(error)
+        message = message.removeprefix(f"{args.command}: ")  # It is said already.
         sys.stderr.write(f"mtl-jax {args.command}: {message}\n")
         return code
 
