@@ -117,7 +117,7 @@ def test_user_error_is_one_line(config, runner, capsys, arguments, message):
     assert cli.main(arguments) == 2
     captured = capsys.readouterr()
     assert message in one_line(captured) and captured.out == ""
-    assert captured.err.count(f"{arguments[0]}: ") == 1
+    assert f" {arguments[0]}: {arguments[0]}: " not in captured.err
     assert "Traceback" not in captured.err
     assert runner.calls == []
     assert sorted(pathlib.Path.cwd().iterdir()) == before
