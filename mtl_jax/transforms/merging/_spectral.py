@@ -172,9 +172,9 @@ def svd(
       method: "svd" is LAPACK's or the backend's. "gram" takes one side from the
         eigenvectors of the smaller of x x^T and x^T x: several times faster, but
         vectors of singular values below about 3e-4 of the largest (float32) are mixed
-        with each other. "sketch" does this in a random subspace of half as many again,
-        and 16, found by three power steps: for a few of many singular values that
-        fall fast.
+        with each other. "sketch" does the same in a random subspace of half as many
+        again, and 16, found by three power steps: for a few of many singular values
+        that fall fast.
 
     Returns:
       u [..., m, rank], s [..., rank] descending, v^T [..., rank, n].
@@ -187,17 +187,31 @@ def svd(
         u, s, vt = _gram_svd(x, rank)
     else:
         start = jax.random.normal(jax.random.key(0), (n, width), x.dtype)
-        q = jnp.linalg.qr(matmul(x, start))[0]
+        y = matmul(x, start)
         for _ in range(_POWER_STEPS):
-            q = jnp.linalg.qr(matmul(transpose(x), q))[0]
-            q = jnp.linalg.qr(matmul(x, q))[0]
-        right, core = jnp.linalg.qr(matmul(transpose(x), q))
-        v, s, ut = jnp.linalg.svd(core, full_matrices=False)
-        u, vt = matmul(q, transpose(ut)), transpose(matmul(right, v))
+            y = matmul(x, _apart(matmul(transpose(x), _apart(y))))
+        q = jnp.linalg.qr(y)[0]
+        u, s, vt = _gram_svd(matmul(transpose(q), x), rank)
+        u = matmul(q, u)
     u, s, vt = u[..., :rank], s[..., :rank], vt[..., :rank, :]
     real = s > max(m, n) * jnp.finfo(x.dtype).eps * s[..., :1]
     one = real.astype(x.dtype)
     return u * one[..., None, :], s * one, vt * one[..., None]
+
+
+def _apart(y):
+    """A well-conditioned basis of the columns, orthonormal but for small ones.
+
+    By Cholesky's factor of the Gramian, lifted so that it exists: a quarter of the time
+    of Householder's, and power steps need no more.
+    """
+    gram = matmul(transpose(y), y)
+    size = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
+    lift = jnp.where(size > 0, jnp.finfo(y.dtype).eps * size, 1)
+    factor = jnp.linalg.cholesky(gram + lift * jnp.eye(y.shape[-1], dtype=y.dtype))
+    return jax.lax.linalg.triangular_solve(
+        factor, y, left_side=False, lower=True, transpose_a=True
+    )
 
 
 def _gram_svd(x, rank):
