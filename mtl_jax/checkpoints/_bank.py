@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -140,6 +140,11 @@ class Bank:
             if (found := data.pop("format_version")) != _VERSION:
                 raise ValueError(f"format version {found}, this reads {_VERSION}")
             data["tasks"] = tuple(Task(**task) for task in data["tasks"])
+            for name in (
+                n for t in data["tasks"] for n in (*t.files, *t.files.values())
+            ):
+                if os.path.basename(name) != name or name in ("", ".", ".."):
+                    raise ValueError(f"{name!r} is no name of a file")
             data["entries"] = {
                 name: Entry(
                     how=entry["how"],
@@ -182,6 +187,13 @@ class Bank:
     def build(self) -> Method:
         """The method with its options, for restoring."""
         return METHODS[self.method](**restored_options(self.options))
+
+
+def _check_names(names: Iterable[str]) -> None:
+    """Refuses what would be read or written outside of a folder."""
+    for name in names:
+        if os.path.basename(name) != name or name in ("", ".", ".."):
+            raise ValueError(f"{name!r} is no name of a file")
 
 
 def restored_options(options: Mapping[str, Any]) -> dict[str, Any]:

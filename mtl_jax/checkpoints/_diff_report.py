@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from mtl_jax import report
-from mtl_jax.checkpoints.diff import Comparison, Diff, TensorDiff, place
+from mtl_jax.checkpoints._layers import numbered
+from mtl_jax.checkpoints.diff import Comparison, Diff, TensorDiff
 
 __all__ = [
     "COLUMNS",
@@ -164,17 +165,17 @@ def _listed(names: Iterable[str], limit: int = 8) -> str:
 
 
 def _kind(name: str) -> str:
-    where = place(name)
+    where = numbered(name, trees=True)
     return f"{where.stack}.*.{where.kind}" if where.layer is not None else name
 
 
 def _layer(name: str) -> tuple[str, int] | None:
-    where = place(name)
+    where = numbered(name, trees=True)
     return None if where.layer is None else (where.stack, where.layer)
 
 
 def _cell(stack: str, name: str) -> tuple[int, str] | None:
-    where = place(name)
+    where = numbered(name, trees=True)
     if where.layer is None or where.stack != stack:
         return None
     return where.layer, where.kind

@@ -5,11 +5,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 __all__ = [
+    "Numbered",
     "Place",
     "Stack",
     "count_keys",
     "find_stacks",
     "layer_counts",
+    "numbered",
     "place",
     "restack_config",
     "side",
@@ -59,14 +61,38 @@ class Place(NamedTuple):
     suffix: str
 
 
-def _split(name: str) -> tuple[str, int, str] | None:
-    """Prefix, first integer component and the rest of a name."""
-    parts = name.split(".")
-    for i, part in enumerate(parts):
-        if i and i < len(parts) - 1 and part.isdecimal():
-            head, tail = parts[:i], parts[i + 1 :]
-            return ".".join(head) + ".", int(part), ".".join(tail)
-    return None
+class Numbered(NamedTuple):
+    """A name around its first number.
+
+    Attributes:
+      stack: what comes before the number; "" outside of layers.
+      layer: the number; None outside of layers.
+      kind: what comes after it; outside of layers the whole name.
+    """
+
+    stack: str
+    layer: int | None
+    kind: str
+
+
+def numbered(name: str, *, trees: bool = False) -> Numbered:
+    """Splits a name at the first number that is a word of it.
+
+    Args:
+      name: of a tensor.
+      trees: whether words may end at `/` and numbers begin at `_`, too, as in paths of
+        trees.
+
+    >>> numbered("model.layers.11.mlp.up_proj.weight")
+    Numbered(stack='model.layers', layer=11, kind='mlp.up_proj.weight')
+    >>> numbered("blocks_3/mlp/kernel", trees=True)
+    Numbered(stack='blocks', layer=3, kind='mlp/kernel')
+    """
+    before, after = ("[./_]", "[./]") if trees else (r"\.", r"\.")
+    found = re.search(rf"(?:^|(.*?){before})(\d+){after}(.+)$", name)
+    if not found:
+        return Numbered("", None, name)
+    return Numbered(found[1] or "", int(found[2]), found[3])
 
 
 def find_stacks(
@@ -80,9 +106,9 @@ def find_stacks(
     """
     found: dict[str, dict[int, set[str]]] = {}
     for name in names:
-        parts = _split(name)
-        if parts:
-            found.setdefault(parts[0], {}).setdefault(parts[1], set()).add(parts[2])
+        stack, layer, kind = numbered(name)
+        if stack and layer is not None:
+            found.setdefault(f"{stack}.", {}).setdefault(layer, set()).add(kind)
     stacks = []
     for prefix, layers in found.items():
         whole = set(layers) == set(range(len(layers)))
@@ -114,10 +140,10 @@ def _walk(
 
 def place(name: str, stacks: Iterable[Stack]) -> Place | None:
     """Where a tensor stands among stacks; None outside of all."""
-    parts = _split(name)
+    at = numbered(name)
     for stack in stacks:
-        if parts and parts[0] == stack.prefix:
-            return Place(stack, parts[1], parts[2])
+        if at.layer is not None and f"{at.stack}." == stack.prefix:
+            return Place(stack, at.layer, at.kind)
     return None
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mtl_jax.checkpoints.source import TensorView
 
 
-__all__ = ["Comparison", "Diff", "Place", "TensorDiff", "compare", "diff", "place"]
+__all__ = ["Comparison", "Diff", "TensorDiff", "compare", "diff"]
 
 _READ = 1 << 20  # Entries read at a time.
 _BLOCK = 1 << 13  # Entries whose float64 copies stay in the cache and the heap.
@@ -170,35 +170,6 @@ class Diff:
                 sums = dataclasses.replace(sums, same=0, opposite=0)
             found[group] = found.get(group, Comparison()) + sums
         return found
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a tensor stands in a model, as its name says.
-
-    Attributes:
-      stack: what comes before the number of the layer, "" outside of the layers.
-      layer: the number; None outside of the layers.
-      kind: what comes after it; the whole name outside of the layers.
-    """
-
-    stack: str
-    layer: int | None
-    kind: str
-
-
-def place(name: str) -> Place:
-    """Splits the name of a tensor at its first number.
-
-    >>> place("model.layers.11.mlp.up_proj.weight")
-    Place(stack='model.layers', layer=11, kind='mlp.up_proj.weight')
-    >>> place("lm_head.weight")
-    Place(stack='', layer=None, kind='lm_head.weight')
-    """
-    found = re.search(r"(?:^|(.*?)[./_])(\d+)[./](.+)$", name)
-    if not found:
-        return Place("", None, name)
-    return Place(found[1] or "", int(found[2]), found[3])
 
 
 def compare(

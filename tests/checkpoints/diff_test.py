@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mtl_jax.checkpoints import diff as D
+from mtl_jax.checkpoints._layers import numbered
 from mtl_jax.checkpoints.source import ArrayView
 
 pytestmark = pytest.mark.fast
@@ -169,30 +170,15 @@ def test_with_a_base_directions_are_of_changes():
     assert result.total.size == 8 and result.total.aa == by_name["w"].aa + 4
 
 
-def test_groups_and_places():
+def test_groups():
     names = ["h.0.attn.w", "h.0.mlp.w", "h.1.attn.w", "head"]
     tensors = {name: np.full(2, 1.0 + i) for i, name in enumerate(names)}
     result = D.diff(views(tensors), views(tensors))
-    layers = result.groups(lambda name: D.place(name).layer)
+    layers = result.groups(lambda name: numbered(name).layer)
     assert list(layers) == [0, 1]
     assert layers[0].aa == 2 * (1 + 4) and layers[1].aa == 2 * 9
-    kinds = result.groups(lambda name: D.place(name).kind)
+    kinds = result.groups(lambda name: numbered(name).kind)
     assert kinds["attn.w"].aa == 2 * (1 + 9) and kinds["head"].aa == 2 * 16
-
-
-@pytest.mark.parametrize(
-    ("name", "wanted"),
-    [
-        ("model.layers.11.mlp.up.weight", ("model.layers", 11, "mlp.up.weight")),
-        ("encoder.block.0.layer.1.w", ("encoder.block", 0, "layer.1.w")),
-        ("blocks_3/mlp/kernel", ("blocks", 3, "mlp/kernel")),
-        ("0.weight", ("", 0, "weight")),
-        ("conv1.weight", ("", None, "conv1.weight")),
-        ("embed.weight", ("", None, "embed.weight")),
-    ],
-)
-def test_place(name, wanted):
-    assert D.place(name) == D.Place(*wanted)
 
 
 def test_pattern_chooses_names_of_both():

@@ -161,11 +161,18 @@ def test_what_is_no_bank_is_refused(made, tmp_path):
         read_bank(folder / "base")
     shutil.copytree(folder / "bank", tmp_path / "bank")
     description = json.loads((tmp_path / "bank/bank.json").read_text())
+
+    def outside(files):
+        first, *rest = description["tasks"]
+        return {"tasks": [{**first, "files": files}, *rest]}
+
     for change, message in (
         ({"format": "zip"}, "of another format"),
         ({"format_version": 9}, "format version 9, this reads 1"),
         ({"tasks": [{"name": "x"}]}, "does not describe a bank"),
         ({"entries": 3}, "does not describe a bank"),
+        (outside({"../x": "a"}), r"'\.\./x' is no name of a file"),
+        (outside({"x": "/etc/a"}), "'/etc/a' is no name of a file"),
     ):
         text = json.dumps({**description, **change})
         (tmp_path / "bank/bank.json").write_text(text)

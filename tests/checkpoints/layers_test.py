@@ -61,6 +61,26 @@ def test_no_stack(names, config):
     assert _layers.find_stacks(names, config) == ()
 
 
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("model.layers.11.mlp.up.weight", ("model.layers", 11, "mlp.up.weight")),
+        ("encoder.block.0.layer.1.w", ("encoder.block", 0, "layer.1.w")),
+        ("blocks_3/mlp/kernel", ("blocks", 3, "mlp/kernel")),
+        ("0.weight", ("", 0, "weight")),
+        ("conv1.weight", ("", None, "conv1.weight")),
+        ("embed.weight", ("", None, "embed.weight")),
+    ],
+)
+def test_numbers_in_names(name, wanted):
+    assert _layers.numbered(name, trees=True) == wanted
+
+
+def test_without_trees_only_points_count():
+    assert _layers.numbered("blocks_3/mlp/kernel").layer is None
+    assert _layers.numbered("a_1.b.2.w") == ("a_1.b", 2, "w")
+
+
 def test_place():
     stacks = (Stack("model.layers.", 12),)
     found = _layers.place("model.layers.11.mlp.3.w", stacks)
