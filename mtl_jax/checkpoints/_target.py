@@ -1,5 +1,6 @@
-"""Whether a folder can take a checkpoint, found out before anything is written."""
+"""Folders that take a checkpoint: whether they can, and what makes room in them."""
 
+import fnmatch
 import os
 import pathlib
 import shutil
@@ -10,7 +11,7 @@ from etils import epath
 
 from mtl_jax.checkpoints import _journal
 from mtl_jax.checkpoints._layout import Layout
-from mtl_jax.checkpoints.source import TensorSpec
+from mtl_jax.checkpoints.source import CONFIG, TensorSpec
 from mtl_jax.io import shards
 
 __all__ = [
@@ -19,7 +20,24 @@ __all__ = [
     "local_folder",
     "partial",
     "refuse_loss",
+    "retire",
 ]
+
+_SHARDS = "model-*-of-*.safetensors"
+# Files that loaders look for beside the weights.
+_OWN_FILES = (
+    "adapter_config.json",
+    "added_tokens.json",
+    "chat_template.*",
+    "generation_config.json",
+    "merges.txt",
+    "sentencepiece*.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.*",
+    "tokenizer_config.json",
+    "vocab.*",
+)
 
 
 def local_folder(out: epath.PathLike) -> pathlib.Path:
@@ -115,3 +133,26 @@ def check_target(
     wanted = sum(layout.sizes.values()) - reserved
     if wanted > shutil.disk_usage(there).free:
         raise OSError(f"cannot write {folder}: no room for {wanted:,} bytes")
+
+
+def retire(folder: pathlib.Path, files: Iterable[str]) -> None:
+    """Removes a checkpoint that is replaced, first of all what makes it whole.
+
+    So that nothing of its tokenizer is taken for a part of the new one, files of such
+    names go too.
+
+    Args:
+      folder: where it is, or is not.
+      files: names that are going to be replaced anyway.
+    """
+    old = [folder / shards.WEIGHTS, *folder.glob(_SHARDS)]
+    old = [path for path in old if path.exists()]
+    (folder / shards.INDEX).unlink(missing_ok=True)
+    if old:
+        (folder / CONFIG).unlink(missing_ok=True)
+        there = {child.name for child in folder.iterdir() if child.is_file()}
+        for name in there.difference(files):
+            if any(fnmatch.fnmatch(name, pattern) for pattern in _OWN_FILES):
+                (folder / name).unlink()
+    for path in old:
+        path.unlink()

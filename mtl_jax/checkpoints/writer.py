@@ -22,7 +22,6 @@ from mtl_jax.io import safetensors, shards
 
 __all__ = ["CheckpointWriter"]
 
-_SHARDS = "model-*-of-*.safetensors"
 _DIRTY = 64 << 20  # Bytes after which the disk is told to take what it was given.
 _READ = 8 << 20  # Bytes read at a time where written ones are checked.
 
@@ -274,7 +273,7 @@ class CheckpointWriter:
             for file in self._layout.sizes:
                 os.fsync(self._files[file])
                 self._verify(file)
-            self._retire()
+            _target.retire(self.path, files)
             if self._layout.index is not None:
                 self._rename()
                 last = {n: files.pop(n) for n in [CONFIG] if n in files}
@@ -305,12 +304,6 @@ class CheckpointWriter:
             or os.pread(self._files[file], len(header), 0) != header
         ):
             raise OSError(f"cannot write {found.path}: it has changed on the disk")
-
-    def _retire(self) -> None:
-        """Removes the checkpoint that is replaced, first of all its index."""
-        (self.path / shards.INDEX).unlink(missing_ok=True)
-        for old in (self.path / shards.WEIGHTS, *self.path.glob(_SHARDS)):
-            old.unlink(missing_ok=True)
 
     def _rename(self) -> None:
         for file in self._layout.sizes:

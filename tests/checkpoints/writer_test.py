@@ -314,6 +314,21 @@ def test_a_finished_checkpoint_is_not_lost(tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
 
 
+def test_nothing_of_a_replaced_checkpoint_is_mixed_in(tmp_path):
+    """Its tokenizer goes with it; files that are no part of it stay."""
+    specs = {"w": TensorSpec((2,), np.dtype(np.float32))}
+    old = {"config.json", "tokenizer.json", "vocab.txt", "chat_template.jinja"}
+    for number, names in enumerate((old, {"config.json", "tokenizer.json"})):
+        with CheckpointWriter(tmp_path, specs, plan="p", overwrite=True) as writer:
+            writer.write("w", 0, np.ones(2, np.float32))
+            writer.finish(dict.fromkeys(names, str(number).encode()))
+        (tmp_path / "train.py").write_text("mine")
+    (tmp_path / "model.safetensors").unlink()
+    found = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    wanted = {"config.json": "1", "tokenizer.json": "1", "train.py": "mine"}
+    assert found == wanted
+
+
 def test_what_was_not_written_is_named(tmp_path):
     values = tensors()
     with CheckpointWriter(tmp_path, specs(values), plan="p") as writer:
