@@ -1,6 +1,7 @@
 """Shared test setup: eight fake CPU devices, strict numerics, a compile cache."""
 
 import atexit
+import gc
 import os
 import pathlib
 import shutil
@@ -51,6 +52,22 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("mtl_jax")
+
+
+_MOST_RESIDENT = 3 * 2**30
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs_kept():
+    """Thousands of tests compile thousands of programs: drops them at some size."""
+    yield
+    statm = pathlib.Path("/proc/self/statm")
+    if not statm.exists():
+        return
+    resident = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if resident > _MOST_RESIDENT:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
