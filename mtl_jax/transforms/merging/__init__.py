@@ -54,6 +54,7 @@ from mtl_jax.transforms.merging._learning import Learned, learner
 from mtl_jax.transforms.merging._lines import layer_index, lines
 from mtl_jax.transforms.merging._lora_factors import lora_align, lora_from_taus
 from mtl_jax.transforms.merging._lora_merge import lora_cat, lora_svd
+from mtl_jax.transforms.merging._lora_span import lora_span
 from mtl_jax.transforms.merging._magmax import magmax
 from mtl_jax.transforms.merging._mix_weights import mix_weights
 from mtl_jax.transforms.merging._model_stock import model_stock
@@ -163,6 +164,7 @@ __all__ = [
     "lora_align",
     "lora_cat",
     "lora_from_taus",
+    "lora_span",
     "lora_svd",
     "magmax",
     "magnitude_masks",
