@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import learned_rules
 from ml_collections import ConfigDict
 
 from mtl_jax import merging, report, tree, zoo
@@ -152,6 +153,7 @@ def rows(base: Any, names: list[str]) -> tuple[zoo.Row, ...]:
         *(_shared(name, rule, MEAN) for name, rule in MEANS.items()),
         *(_on_sphere(name, rule, base) for name, rule in SPHERES.items()),
         *_task_models(base),
+        *learned_rules.rows(),
     )
     known = {row.name: row for row in each}
     if unknown := sorted(set(names) - set(known)):
