@@ -8,7 +8,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import PartitionSpec
 
 from mtl_jax import data, io, losses, models, train
@@ -17,6 +16,7 @@ from mtl_jax.models import heads
 from mtl_jax.models.backbones import bert, vit
 from mtl_jax.train import optim
 from mtl_jax.train import state as train_state
+from mtl_jax.zoo import keep
 
 Rows = Mapping[str, chex.Array]
 _RECIPE = 1  # Raise it when pretraining changes its meaning.
@@ -175,16 +175,16 @@ def small_vit(
         return module.init(key, jnp.zeros((1, 32, 32, 3)))["params"]
 
     identity = _vit_identity(module, tasks, steps, batch_size, seed)
-    path = epath.Path(wheels.cache_dir()) / "zoo" / f"vit-{identity}.safetensors"
-    like = jax.eval_shape(init, jax.random.key(0))
-    if not path.exists():
+
+    def fit(workdir):
         with progress.task("pretrain ViT on rotations", total=steps) as bar:
             params = _learn_rotations(
-                features, init, tasks, steps, batch_size, seed, path, bar
+                features, init, tasks, steps, batch_size, seed, workdir, bar
             )
-        io.save_tree(path, params, {"pretext": "rotations", "steps": steps})
-        path.with_suffix(".run").rmtree(missing_ok=True)
-    params, _ = io.load_tree(path, like=like)
+        return params, {"pretext": "rotations", "steps": steps}
+
+    like = jax.eval_shape(init, jax.random.key(0))
+    params, _ = keep.kept(f"vit-{identity}", like, fit)
 
     def prototypes(task, rows):
         count, run = len(rows["label"]), jax.jit(features)
@@ -215,7 +215,7 @@ def _vit_identity(module, tasks, steps, batch_size, seed) -> str:
     return io.digest({"recipe": text, "rows": samples})[:16]
 
 
-def _learn_rotations(features, init, tasks, steps, batch_size, seed, path, bar):
+def _learn_rotations(features, init, tasks, steps, batch_size, seed, workdir, bar):
     """Trains encoder and a four-way head by the one trainer; returns the encoder."""
     mixed = data.mixture(
         {name: data.load_source(name, "train") for name in tasks},
@@ -263,7 +263,7 @@ def _learn_rotations(features, init, tasks, steps, batch_size, seed, path, bar):
         images,
         steps=steps,
         seed=seed,
-        workdir=path.with_suffix(".run"),
+        workdir=workdir,
         progress=bar,
     )
     return result.params["encoder"]

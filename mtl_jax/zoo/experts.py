@@ -6,8 +6,7 @@ makes a new one.
 """
 
 import dataclasses
-import hashlib
-import json
+import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from mtl_jax.models import heads
 from mtl_jax.train import optim
 from mtl_jax.train import state as train_state
 from mtl_jax.transforms import linearize
+from mtl_jax.zoo import keep
 from mtl_jax.zoo.encoders import Encoder
 from mtl_jax.zoo.tasks import TaskData
 
@@ -186,26 +186,26 @@ def open_zoo(
     records = []
     with progress.task("experts", total=len(tasks) * len(modes)) as bar:
         for mode in modes:
-            trainer, family = None, []
+            family = []
+            trainer = functools.cache(
+                functools.partial(
+                    _trainer, encoder, tasks[0].head, settings, mode, mesh
+                )
+            )
             for task in tasks:
+                fit = functools.partial(
+                    _train_expert,
+                    trainer,
+                    encoder,
+                    task,
+                    settings,
+                    mode,
+                    checkpoint_every,
+                    progress,
+                )
                 address = _address(identity, task, settings, mode)
-                path = folder / f"{mode}-{task.name}-{address}.safetensors"
-                if not path.exists():
-                    if trainer is None:
-                        trainer = train.Trainer(
-                            trainable(encoder, task.head, settings, mode), mesh=mesh
-                        )
-                    _train_expert(
-                        trainer,
-                        encoder,
-                        task,
-                        settings,
-                        mode,
-                        path,
-                        checkpoint_every,
-                        progress,
-                    )
-                leaves, record = io.load_tree(path, like=base)
+                stem = f"{mode}-{task.name}-{address}"
+                leaves, record = keep.kept(stem, base, fit, folder=folder)
                 family.append(leaves)
                 records.append(record)
                 bar.advance(task=task.name)
@@ -240,7 +240,7 @@ def _check_request(tasks: Any, modes: Sequence[str], checkpoint_every: Any) -> N
 
 
 def _identity(encoder: Encoder, settings: Settings) -> str:
-    return _hash(
+    return keep.address(
         {
             "format": _FORMAT,
             "encoder": encoder.name,
@@ -259,18 +259,17 @@ def _address(identity: str, task: TaskData, settings: Settings, mode: str) -> st
         "mode": mode,
         "settings": dataclasses.asdict(settings),
     }
-    return _hash(found)
+    return keep.address(found)
 
 
-def _hash(plain: Any) -> str:
-    text = json.dumps(plain, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _trainer(encoder, head, settings, mode, mesh) -> train.Trainer:
+    return train.Trainer(trainable(encoder, head, settings, mode), mesh=mesh)
 
 
 def _train_expert(
-    trainer, encoder, task, settings, mode, path, checkpoint_every, progress
-) -> None:
-    """One expert, from the base, written with its record."""
+    trainer, encoder, task, settings, mode, checkpoint_every, progress, workdir
+) -> tuple[Any, dict[str, Any]]:
+    """One expert, from the base, and its record."""
     params = {"encoder": encoder.params, "head": task.head}
     if mode == "linear":
         params["origin"] = encoder.split(encoder.params)[0]
@@ -279,10 +278,9 @@ def _train_expert(
         batch_size=settings.batch_size,
         seed=settings.seed,
     )
-    workdir = path.parent / f".{path.name}.run"
     began = time.monotonic()
     with progress.task(f"fine-tune {task.name} ({mode})", total=settings.steps) as bar:
-        result = trainer.fit(
+        result = trainer().fit(
             batches.__getitem__,
             steps=settings.steps,
             seed=settings.seed,
@@ -299,7 +297,4 @@ def _train_expert(
         "seconds": round(time.monotonic() - began, 1),
         "final_loss": result.history[-1]["loss"],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    io.save_tree(path, trained, record)
-    if checkpoint_every:
-        workdir.rmtree(missing_ok=True)
+    return trained, record

@@ -5,13 +5,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import PartitionSpec
 
 from mtl_jax import data, io, losses, models, train
-from mtl_jax.data import synthetic, wheels
+from mtl_jax.data import synthetic
 from mtl_jax.models import heads
 from mtl_jax.train import optim
+from mtl_jax.zoo import keep
 from mtl_jax.zoo.adapters import adapted
 from mtl_jax.zoo.encoders import Encoder
 from mtl_jax.zoo.tasks import TaskData, make_task
@@ -68,13 +68,14 @@ def world(
 
     drawn = io.digest((bench.world, bench.pretrain))[:16]
     name = f"world-{_RECIPE}-{drawn}-{seed}-{hidden}-{pretrain_steps}"
-    path = epath.Path(wheels.cache_dir()) / "zoo" / f"{name}.safetensors"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def fit(workdir):
+        del workdir
         with progress.task("pretrain", total=pretrain_steps) as bar:
             params = _pretrain(bench, features, init, pretrain_steps, seed, bar)
-        io.save_tree(path, params, {"world": name})
-    params, _ = io.load_tree(path, like=jax.eval_shape(init, jax.random.key(0)))
+        return params, {"world": name}
+
+    params, _ = keep.kept(name, jax.eval_shape(init, jax.random.key(0)), fit)
 
     def prototypes(task: data.Task, rows):
         raise ValueError(f"world: has no prototypes for the task {task.name!r}")
