@@ -17,125 +17,22 @@ import json
 import pathlib
 import statistics
 import sys
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import learned_rules
+import rule_table as table
 from ml_collections import ConfigDict
 
-from mtl_jax import merging, report, tree, zoo
+from mtl_jax import report, tree, zoo
 from mtl_jax.run import dispatch
 from mtl_jax.run import study as study_lib
 from mtl_jax.zoo import presets
 
 SUITES = {"text": presets.text, "vision": presets.vision, "world": presets.world}
-SUM = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
-MEAN = (0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
-KEY = jax.random.key(0)
-Rule = Callable[[Any], Any]
-
-# Rules whose result is a sum over tasks, and those whose result is a mean.
-SUMS: dict[str, Rule] = {
-    "task arithmetic": merging.task_arithmetic,
-    "TIES, sum": lambda t: merging.ties(t, reduce="sum"),
-    "DARE 0.5": lambda t: merging.dare(t, density=0.5, key=KEY),
-    "DARE 0.2": lambda t: merging.dare(t, density=0.2, key=KEY),
-    "breadcrumbs": lambda t: merging.breadcrumbs(t, axis=merging.unit_axis),
-    "consensus 2": lambda t: merging.consensus(t, scale=0.4),
-    "trust region": merging.trust_region,
-    "LiNeS": lambda t: merging.lines(merging.task_arithmetic(t), first=0.3, last=1.0),
-    "TSV-M": merging.tsv_merge,
-    "Iso-C": merging.iso_c,
-    "Iso-CTS": merging.iso_cts,
-    "SVC": merging.svc,
-    "OPCM": merging.opcm,
-    "WUDI": merging.wudi,
-    "RAM": merging.ram,
-    "RAM+": merging.ram_plus,
-}
-MEANS: dict[str, Rule] = {
-    "average": merging.average,
-    "TIES": merging.ties,
-    "TIES, per leaf": lambda t: merging.ties(t, scope="leaf"),
-    "DARE-TIES 0.5": lambda t: merging.dare(
-        t, density=0.5, key=KEY, elect="sum", reduce="disjoint_mean"
-    ),
-    "DELLA 0.5": lambda t: merging.della(
-        t, density=0.5, key=KEY, axis=merging.unit_axis
-    ),
-    "SCE 0.5": lambda t: merging.sce(t, density=0.5),
-    "PCB": merging.pcb,
-    "MagMax": merging.magmax,
-    "Model Stock": merging.model_stock,
-    "KnOTS-TIES": merging.knots,
-    "SLERP chain": merging.slerp_chain,
-}
-# Means of parameters on spheres, not of task vectors.
-SPHERES: dict[str, Rule] = {
-    "Karcher": merging.karcher,
-    "multi-SLERP": merging.multislerp,
-}
 
 
-def _shared(name: str, rule: Rule, scales: tuple[float, ...]) -> zoo.SharedModel:
+def _shared(name: str, rule: table.Rule, scales: tuple[float, ...]) -> zoo.SharedModel:
     return zoo.SharedModel(name=name, delta=lambda taus, _: rule(taus), scales=scales)
-
-
-def _on_sphere(name: str, rule: Rule, base: Any) -> zoo.SharedModel:
-    def delta(taus):
-        experts = jax.tree.map(lambda b, t: b + t, base, taus)
-        return jax.tree.map(lambda m, b: m - b, rule(experts), base)
-
-    return _shared(name, delta, MEAN)
-
-
-def _task_models(base: Any) -> tuple[zoo.TaskModels, ...]:
-    """Rules from whose result every task is restored."""
-
-    def bits_of_masks(tasks, trained, frozen):
-        return 32 * (2 * trained + frozen) + tasks * trained
-
-    def signs(tasks, trained, frozen):
-        return 32 * (trained + frozen) + tasks * trained
-
-    @jax.jit
-    def tall(state, task, knob):
-        taus, merged = state
-        one = jax.tree.map(lambda x: x[task][None], taus)
-        mask = merging.tall_masks(one, merged=merged, scale=knob)
-        return merging.restore_delta(merged, zoo.task_delta(mask, 0))
-
-    return (
-        zoo.TaskModels(
-            name="TALL-masks",
-            prepare=lambda taus, _: (taus, merging.task_arithmetic(taus)),
-            delta=tall,
-            knobs=(0.2, 0.3, 0.4, 0.5, 0.6),
-            bits=bits_of_masks,
-        ),
-        zoo.TaskModels(
-            name="EMR",
-            prepare=lambda taus, _: merging.emr(taus),
-            delta=lambda state, task, _: merging.emr_restore(state, task),
-            bits=bits_of_masks,
-        ),
-        zoo.TaskModels(
-            name="BitDelta",
-            prepare=lambda taus, _: merging.bitdelta(taus),
-            delta=lambda state, task, _: merging.bitdelta_restore(
-                state, task, like=base
-            ),
-            bits=signs,
-        ),
-        zoo.TaskModels(
-            name="RandES",
-            prepare=lambda taus, _: merging.randes(taus, key=KEY),
-            delta=lambda state, task, _: merging.randes_restore(state, task, key=KEY),
-            knobs=(0.5, 1.0),
-            bits=lambda tasks, trained, frozen: 32 * (2 * trained + frozen),
-        ),
-    )
 
 
 def rows(base: Any, names: list[str]) -> tuple[zoo.Row, ...]:
@@ -149,10 +46,13 @@ def rows(base: Any, names: list[str]) -> tuple[zoo.Row, ...]:
       SystemExit: a name that does not exist.
     """
     each = (
-        *(_shared(name, rule, SUM) for name, rule in SUMS.items()),
-        *(_shared(name, rule, MEAN) for name, rule in MEANS.items()),
-        *(_on_sphere(name, rule, base) for name, rule in SPHERES.items()),
-        *_task_models(base),
+        *(_shared(name, rule, table.SUM) for name, rule in table.SUMS.items()),
+        *(_shared(name, rule, table.MEAN) for name, rule in table.MEANS.items()),
+        *(
+            _shared(name, table.on_sphere(rule, base), table.MEAN)
+            for name, rule in table.SPHERES.items()
+        ),
+        *table.task_models(base),
         *learned_rules.rows(),
     )
     known = {row.name: row for row in each}
@@ -254,8 +154,8 @@ def main() -> None:
     content["environment"] = report.environment()
     args.out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
-    table = leaderboard(content["rows"], first.names)
-    sys.stdout.write(table.to_markdown() + "\n")
+    board = leaderboard(content["rows"], first.names)
+    sys.stdout.write(board.to_markdown() + "\n")
 
 
 def kept(path: pathlib.Path, content: dict[str, Any]) -> dict[str, Any]:
