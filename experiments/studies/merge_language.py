@@ -349,7 +349,7 @@ def leaderboard(content: dict[str, Any]) -> report.Table:
     seeds = [str(seed) for seed in content["seeds"]]
     base = {s: np.array(found["base"][s]["losses"]) for s in seeds}
     own = {s: np.array(found["own expert"][s]["losses"]) for s in seeds}
-    lines = []
+    lines: list[tuple[Any, ...]] = []
     for name, row in found.items():
         there = [s for s in seeds if s in row]
         losses = {s: np.array(row[s]["losses"]) for s in there}
@@ -379,7 +379,7 @@ def leaderboard(content: dict[str, Any]) -> report.Table:
             *names,
             *("scale", "storage", "seconds"),
         ),
-        rows=tuple(sorted(lines, key=lambda line: -line[1])),
+        rows=tuple(sorted(lines, key=lambda line: line[1], reverse=True)),
         formats={**nats, "normalised": ".1%", "range": ".1%"}
         | {"storage": "bytes", "seconds": ".1f"},
         caption="Losses in nats a token, means over seeds; normalised: the part of the "

@@ -98,7 +98,7 @@ def leaderboard(found: dict[str, dict[str, Any]], names: tuple[str, ...]) -> Any
     def mean(name, read):
         return statistics.mean(read(r) for r in found[name].values())
 
-    lines = []
+    lines: list[tuple[Any, ...]] = []
     for name in found:
         each = [statistics.mean(r["normalised"]) for r in found[name].values()]
         seconds = [r["seconds"] for r in found[name].values() if r["seconds"]]
@@ -121,7 +121,7 @@ def leaderboard(found: dict[str, dict[str, Any]], names: tuple[str, ...]) -> Any
     return report.Table(
         title="Merge rules, best first",
         columns=("rule", "normalised", "sd", "accuracy", *names, "storage", "seconds"),
-        rows=tuple(sorted(lines, key=lambda line: -line[1])),
+        rows=tuple(sorted(lines, key=lambda line: line[1], reverse=True)),
         formats={**percents, "storage": "bytes", "seconds": ".1f"},
         caption="Means over seeds, sd of the normalised accuracy over seeds; storage "
         "of what serves all tasks; seconds of making, tuning and measuring. Rows of "
