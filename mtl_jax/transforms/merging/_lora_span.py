@@ -56,8 +56,8 @@ def lora_span(
       check_finite: refuse NaN and infinity in concrete arrays, by leaf name.
 
     Returns:
-      An adapter with scale 1, of rank k or l, in the dtypes of the first: use it with
-      `alpha` of that rank.
+      An adapter with scale 1, of rank r_1 + ... + r_T, in the dtypes of the first: use
+      it with `alpha` of that rank. Columns that a smaller matrix cannot fill are zeros.
 
     Raises:
       ValueError: no adapters, adapters of different leaves, a side that does not exist,
@@ -100,7 +100,8 @@ def lora_span(
             raise ValueError(
                 f"lora_span: the rule's {name!r} is {shape}, wanted {core.shape[1:]}"
             )
-        put(out, name.split("/"), _expanded(found[name], left, right))
+        pair = _expanded(found[name], left, right, sum(ranks[name]))
+        put(out, name.split("/"), pair)
     dtypes = {name: (a.dtype, b.dtype) for name, (a, b) in named[0].items()}
     return _cast(out, dtypes)
 
@@ -123,13 +124,18 @@ def _span(a, b, ranks, side):
     return jnp.stack(tasks), left, right
 
 
-@jax.jit
-def _expanded(core, left, right):
-    """The pair whose product is Q_a core Q_b^T."""
+@functools.partial(jax.jit, static_argnums=3)
+def _expanded(core, left, right, rank):
+    """The pair whose product is Q_a core Q_b^T, filled up with zeros to a rank."""
     if right is None:
-        return {"a": left, "b": core}
-    a = core if left is None else _spectral.matmul(left, core)
-    return {"a": a, "b": right}
+        a, b = left, core
+    else:
+        a, b = core if left is None else _spectral.matmul(left, core), right
+    front, more = [(0, 0)] * (a.ndim - 2), (0, rank - a.shape[-1])
+    return {
+        "a": jnp.pad(a, [*front, (0, 0), more]),
+        "b": jnp.pad(b, [*front, more, (0, 0)]),
+    }
 
 
 def _cast(lora, dtypes):
