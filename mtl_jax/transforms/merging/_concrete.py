@@ -21,7 +21,7 @@ class Concrete(NamedTuple):
 
     Attributes:
       logits: tree like the base, float32: sigmoid(logit) is the chance of an entry.
-      coeffs: tree like the base, leaves [T].
+      coeffs: tree like the base, leaves [T], for which it was learned.
       losses: [S, tasks] float32, of every step before its update.
     """
 
@@ -65,15 +65,18 @@ def concrete(
       coeffs: a number, [T], or a tree like `taus` with leaves [T].
       logits: to start from, a number or a tree like `base`.
       tx: optimizer of the logits.
-      coeffs_tx: optimizer of the coefficients, which then take a step before the mask
-        does, at the same draw; None leaves them as they are (task arithmetic).
+      coeffs_tx: optimizer of the coefficients: every mask is judged after one step of
+        theirs from `coeffs`, at the same draw. None: it is judged at `coeffs` (task
+        arithmetic).
       temperature: of the mask; lower is nearer to 0 and 1.
       tasks: leaves [tasks, ...], what differs between tasks and stays; see `learner`.
       args: any arrays that the loss takes.
       check_finite: refuse NaN and infinity in concrete arrays, by leaf name.
 
     Returns:
-      `Concrete`, for `concrete_merge`; all steps run in one `lax.scan`.
+      `Concrete` with the coefficients as given, for `concrete_merge`; all steps run in
+      one `lax.scan`. To learn coefficients for a mask, multiply task vectors by
+      `concrete_mask` and use `learner`.
 
     Raises:
       ValueError: trees that do not fit, a temperature that is not positive, or NaN or
@@ -81,9 +84,11 @@ def concrete(
 
     Follows: Tang et al. 2023, "Concrete Subspace Learning based Interference
       Elimination for Multi-task Model Fusion", as in FusionBench: Adam at 1e-3, logits
-      from 0; with `coeffs_tx` its AdaMerging variants, which take 1 step of rate 1.
-    Differs: one row of coefficients per leaf throughout; equal rows are task-wise until
-      they are learned.
+      from 0; with `coeffs_tx` the first half of its AdaMerging variants, where this is
+      Adam at 1.
+    Differs: one row of coefficients per leaf throughout, so that the step is by leaf;
+      both steps see one batch, and that of the coefficients its slope at `coeffs`,
+      where FusionBench takes the one at the end of the step before.
 
     >>> base, taus = {"w": jnp.zeros(2)}, {"w": jnp.ones((1, 2))}
     >>> def loss_fn(params, batch, task, args):
@@ -239,7 +244,7 @@ def _learn(
     batches, tasks, args,
 ):  # fmt: skip
     def step(carry, item):
-        logits, coeffs, state, coeffs_state = carry
+        logits, state, inner = carry
         key, batch = item
 
         def run(model, variables):
@@ -247,23 +252,22 @@ def _learn(
                 lambda found, _: model(found), loss_fn, variables, batch, tasks, args
             )
 
+        moved = coeffs
         if coeffs_tx is not None:
             masks = _masks(logits, key, "relaxed", temperature)
             _, slopes = run(lambda found: _model(base, taus, found, masks), coeffs)
-            coeffs, coeffs_state = _learning.descend(
-                coeffs_tx, slopes, coeffs_state, coeffs
-            )
+            moved, inner = _learning.descend(coeffs_tx, slopes, inner, coeffs)
         losses, slopes = run(
             lambda found: _model(
-                base, taus, coeffs, _masks(found, key, "relaxed", temperature)
+                base, taus, moved, _masks(found, key, "relaxed", temperature)
             ),
             logits,
         )
         logits, state = _learning.descend(tx, slopes, state, logits)
-        return (logits, coeffs, state, coeffs_state), losses
+        return (logits, state, inner), losses
 
     steps = jax.tree.leaves(batches)[0].shape[0]
     inner = None if coeffs_tx is None else coeffs_tx.init(coeffs)
-    carry = logits, coeffs, tx.init(logits), inner
+    carry = logits, tx.init(logits), inner
     carry, losses = jax.lax.scan(step, carry, (jax.random.split(key, steps), batches))
-    return Concrete(carry[0], carry[1], losses)
+    return Concrete(carry[0], coeffs, losses)

@@ -121,21 +121,26 @@ def test_first_step_is_the_slope_of_the_loss_at_the_draw():
         np.testing.assert_allclose(got.logits[k], want, rtol=2e-3, atol=2e-4)
 
 
-def test_coefficients_step_before_the_mask():
+def test_masks_are_judged_one_step_of_the_coefficients_from_where_they_start():
     base, taus = draw(4)
     keep = jax.tree.map(lambda x: jnp.ones(x.shape, bool), base)
-    batches = goals(base, taus, keep, 60)
-    options = {"key": jax.random.key(0), "coeffs": 0.0, "tx": optax.adam(0.01)}
-    fixed = merging.concrete(base, taus, loss_fn, batches, **options)
-    assert all(not row.any() for row in fixed.coeffs.values())
-    # Without coefficients the mask has no effect, and no slope.
-    assert all(not x.any() for x in fixed.logits.values())
-    both = merging.concrete(
-        base, taus, loss_fn, batches, coeffs_tx=optax.adam(0.05), **options
-    )
-    assert all(row.all() for row in both.coeffs.values())
-    assert all(x.all() for x in both.logits.values())
-    assert both.losses[-10:].mean() < 0.6 * fixed.losses[-10:].mean()
+    batches, key, rate = goals(base, taus, keep, 4), jax.random.key(0), 0.05
+    options = {"key": key, "coeffs": 0.0}
+    own = {"coeffs_tx": optax.sgd(rate), **options}
+    moved = merging.concrete(base, taus, loss_fn, batches, tx=optax.sgd(0.1), **own)
+    # At the coefficients themselves, 0, the mask would have no slope.
+    assert all(x.all() for x in moved.logits.values())
+    # A mask that stays shows where each step's coefficients came from.
+    still = merging.concrete(base, taus, loss_fn, batches, tx=optax.sgd(0.0), **own)
+    assert all(not row.any() for row in still.coeffs.values())
+    for step, each in enumerate(jax.random.split(key, 4)):
+        mask, want = merging.concrete_mask(still.logits, key=each), 0.0
+        for k in base:
+            tau = np.asarray(mask[k], float) * np.asarray(taus[k], float)
+            gap = np.asarray(base[k], float) - np.asarray(batches[k][step, 0], float)
+            coeffs = -rate * 2 * (gap * tau).reshape(len(tau), -1).sum(1)
+            want += ((gap + np.tensordot(coeffs, tau, 1)) ** 2).sum()
+        np.testing.assert_allclose(still.losses[step, 0], want, rtol=1e-3)
 
 
 def test_integers_and_dtypes_are_kept():
