@@ -69,7 +69,8 @@ def frank_wolfe(
       check_finite: refuse NaN and infinity in concrete arrays, by leaf name.
 
     Returns:
-      `FrankWolfe`; all steps run in one `lax.scan`.
+      `FrankWolfe`; all steps run in one `lax.scan`. A slope that is NaN makes the
+      coefficients NaN from there on.
 
     Raises:
       ValueError: trees that do not fit, an option outside of its range, or NaN or
@@ -78,7 +79,8 @@ def frank_wolfe(
     Follows: Chen et al. 2025, "FW-Merging: Scaling Model Merging with Frank-Wolfe
       Optimization", hard and soft selection, by model and by layer.
     Differs: the inner product is the one of the linear minimisation; FusionBench's hard
-      selection takes cosines with the whole checkpoint. Its soft selection lets no two
+      selection takes cosines with the whole checkpoint, and its scale shortens the
+      steps instead of the corners. Its soft selection lets no two
       tasks choose the same expert and learns how to add them up (that is `learner` on
       these coefficients).
 
@@ -119,12 +121,16 @@ def _walk(
     def merged(coeffs, _):
         return _coefficients.compose(base, taus, coeffs)
 
+    def lowest(corners, values):
+        # The least of numbers with NaN is any of them.
+        return jnp.where(jnp.isnan(values).any(), jnp.nan, corners[jnp.argmin(values)])
+
     def choose(slopes):
         values = jax.tree.map(lambda v, s: v @ s, corners, slopes)
         if scope == "global":
             total = sum(jax.tree.leaves(values))
             values = jax.tree.map(lambda _: total, values)
-        return jax.tree.map(lambda v, x: v[jnp.argmin(x)], corners, values)
+        return jax.tree.map(lowest, corners, values)
 
     def soft(coeffs, batch):
         def one(item):

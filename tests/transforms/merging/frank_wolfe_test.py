@@ -123,6 +123,19 @@ def test_leaves_without_slopes_and_tasks_of_their_own():
     assert got.losses.shape == (5, 2)
 
 
+@pytest.mark.parametrize("selection", ["hard", "soft"])
+def test_slopes_that_are_nan_are_seen_in_the_coefficients(selection):
+    base, taus = {"w": jnp.ones(2)}, {"w": jnp.eye(2)}
+
+    def loss(params, batch, task, args):
+        return jnp.sum(params["w"]) * batch
+
+    batches = jnp.array([[1.0], [jnp.nan], [1.0]])
+    got = merging.frank_wolfe(base, taus, loss, batches, selection=selection)
+    assert jnp.isnan(got.coeffs["w"]).all()
+    assert not jnp.isnan(got.vertices["w"][0]).any()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
