@@ -182,6 +182,8 @@ def fisher(
         tree.check_finite(f"{name}: fishers", named)
     for leaf, least in _least(named).items():
         _compose.check_nonnegative(name, f"{leaf!r} of the fishers goes down to", least)
+    if not named:  # Floating leaves, but nothing in them.
+        return jax.tree.map(lambda x: x[0], taus)
     scales, floor = _scales(list(named.values()), jnp.float32(floor), normalize)
     return jax.tree.map(
         lambda x, f: (

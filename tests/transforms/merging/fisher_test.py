@@ -115,6 +115,9 @@ def test_trees_dtypes_and_jit():
         got = merge(taus, diagonals)
         assert got["w"].dtype == jnp.bfloat16 and got["w"].tolist() == [2.0, 4.0]
         assert got["step"] == 4 and got["empty"].shape == (0,)
+        part = {name: taus[name] for name in ("step", "empty")}
+        nothing = merge(part, {name: diagonals[name] for name in part})
+        assert nothing["step"] == 4 and nothing["empty"].shape == (0,)
 
 
 @pytest.mark.parametrize(
