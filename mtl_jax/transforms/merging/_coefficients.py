@@ -158,7 +158,8 @@ def compose(
     rows = _rows("compose", taus, coeffs, count, parts, group)
     if parts is None:
         return _compose(base, taus, rows)
-    _check_parts("compose", base, parts, rows)
+    widths = {leaf: row.shape[1] for leaf, row in named_leaves(rows).items()}
+    _check_parts("compose", base, parts, widths)
     return _compose_parts(base, taus, rows, parts)
 
 
@@ -176,14 +177,15 @@ def coefficient_grads(
       taus: task tree, leaves [T, ...].
       grads: gradient with respect to the composed parameters, leaves [...].
       parts: as in `compose`.
-      num_parts: K; by default one more than the largest index of a leaf.
+      num_parts: K; by default one more than the largest index of a leaf, which is not
+        known where `parts` are traced.
 
     Returns:
       Tree like `grads` with leaves [T], or [T, K]; float32. Zeros for leaves that are
       not floating point.
 
     Raises:
-      ValueError: trees that do not fit, by leaf.
+      ValueError: trees or parts that do not fit, by leaf.
 
     Follows: the chain rule through `compose`.
 
@@ -202,19 +204,21 @@ def coefficient_grads(
             return jnp.zeros(count, jnp.float32)
         return products(x.astype(jnp.float32), g.astype(jnp.float32)[None])[:, 0]
 
-    def by_part(x, g, part):
-        most = num_parts or int(part.max()) + 1
+    def by_part(name, x, g, part):
         if not tree.is_inexact(x):
-            return jnp.zeros((count, most), jnp.float32)
-        terms = (x.astype(jnp.float32) * g.astype(jnp.float32)[None]).reshape(count, -1)
-        add = jax.vmap(
-            lambda row: jax.ops.segment_sum(row, part.ravel(), num_segments=most)
-        )
-        return add(terms)
+            return jnp.zeros((count, widths[name]), jnp.float32)
+
+        def add(row):  # Of one task: products of all would be another task tree.
+            terms = row.astype(jnp.float32) * g.astype(jnp.float32)
+            return jax.ops.segment_sum(terms.ravel(), part.ravel(), widths[name])
+
+        return jax.lax.map(add, x)
 
     if parts is None:
         return jax.tree.map(leaf, taus, grads)
-    return jax.tree.map(by_part, taus, grads, parts)
+    widths = _widths("coefficient_grads", parts, num_parts)
+    _check_parts("coefficient_grads", grads, parts, widths)
+    return tree.map_with_path(by_part, taus, grads, parts)
 
 
 def select_blocks(grads: Any, budget: int, *, scope: Scope = "leaf") -> Any:
@@ -331,10 +335,21 @@ def _rows(name, taus, coeffs, count, parts, group):
     return jax.tree.map(jnp.asarray, rows)
 
 
-def _check_parts(name, base, parts, rows):
+def _widths(name, parts, num_parts) -> dict[str, int]:
+    """Number of parts of every leaf."""
+    named = named_leaves(parts)
+    if num_parts is None:
+        if any(isinstance(part, jax.core.Tracer) for part in named.values()):
+            raise ValueError(f"{name}: parts are traced, which wants num_parts")
+        return {k: int(part.max()) + 1 if part.size else 1 for k, part in named.items()}
+    if num_parts < 1:
+        raise ValueError(f"{name}: num_parts is {num_parts}, wanted 1 or more")
+    return {leaf: num_parts for leaf in named}
+
+
+def _check_parts(name, base, parts, widths):
     if jax.tree.structure(parts) != jax.tree.structure(base):
         raise ValueError(f"{name}: parts are no tree like the base")
-    widths = {leaf: row.shape[1] for leaf, row in named_leaves(rows).items()}
     shapes = {leaf: jnp.shape(x) for leaf, x in named_leaves(base).items()}
     for leaf, part in named_leaves(parts).items():
         if part.shape != shapes[leaf] or not jnp.issubdtype(part.dtype, jnp.integer):
@@ -346,7 +361,7 @@ def _check_parts(name, base, parts, rows):
         if known and not 0 <= int(part.min()) <= int(part.max()) < widths[leaf]:
             raise ValueError(
                 f"{name}: parts of {leaf!r} are {int(part.min())} to "
-                f"{int(part.max())}, coeffs have {widths[leaf]}"
+                f"{int(part.max())}, there are {widths[leaf]}"
             )
 
 

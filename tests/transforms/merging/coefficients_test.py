@@ -286,6 +286,13 @@ TAUS = {"w": jnp.zeros((T, 2, 3))}
 PART = jnp.zeros((2, 3), jnp.int32)
 
 
+def grads_of(part, num_parts=None):
+    grads = {"w": jnp.ones((2, 3))}
+    return merging.coefficient_grads(
+        TAUS, grads, parts={"w": part}, num_parts=num_parts
+    )
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -301,7 +308,7 @@ PART = jnp.zeros((2, 3), jnp.int32)
             lambda: merging.compose(
                 BASE, TAUS, {"w": jnp.zeros((T, 1))}, parts={"w": PART + 1}
             ),
-            "'w' are 1 to 1, coeffs have 1",
+            "'w' are 1 to 1, there are 1",
         ),
         (
             lambda: merging.compose(
@@ -314,6 +321,10 @@ PART = jnp.zeros((2, 3), jnp.int32)
         (lambda: merging.init_coefficients(TAUS, parts=0), "parts is 0"),
         (lambda: merging.partition(BASE, 0, key=jax.random.key(0)), "parts is 0"),
         (lambda: merging.coefficient_grads(TAUS, {"v": PART}), "'w' is in taus"),
+        (lambda: grads_of(PART + 1, 1), "grads: parts of 'w' are 1 to 1, there are 1"),
+        (lambda: grads_of(PART, 0), "num_parts is 0"),
+        (lambda: grads_of(PART[0]), r"int32\[3\], wanted integers \[2, 3\]"),
+        (lambda: jax.jit(grads_of)(PART), "parts are traced, which wants num_parts"),
         (lambda: merging.select_blocks({"w": jnp.zeros(T)}, 4), "there are 3 tasks"),
         (
             lambda: merging.select_blocks({"w": jnp.array([0, jnp.nan])}, 1),
