@@ -94,8 +94,8 @@ def surgery(
       `Surgery`; tasks learn side by side, all steps run in one `lax.scan`.
 
     Raises:
-      ValueError: features and targets that do not fit, a rank below 1, or NaN or
-        infinity.
+      ValueError: features, targets or `params` that do not fit, a rank below 1, or NaN
+        or infinity.
 
     Follows: Yang et al. 2024, "Representation Surgery for Multi-Task Model Merging",
       the distance of the features at the output in the first norm; rank 16, Adam at
@@ -125,6 +125,13 @@ def surgery(
             key, (count, side, rank), jnp.float32, minval=-bound, maxval=bound
         )
         params = {"down": down, "up": jnp.zeros((count, rank, side), jnp.float32)}
+    shapes = params["down"].shape, params["up"].shape
+    rank = shapes[0][-1]
+    if shapes != ((count, side, rank), (count, rank, side)):
+        raise ValueError(
+            f"{name}: down and up are {shapes}, wanted [T, D, r] and [T, r, D] for "
+            f"features {features.shape}"
+        )
     return _learn(tx, params, features, targets)
 
 

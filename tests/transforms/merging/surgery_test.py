@@ -94,6 +94,11 @@ def test_half_precision_features():
         (lambda h: h * np.nan, {}, "'features' holds NaN"),
         (lambda h: h, {"rank": 0}, "rank is 0"),
         (lambda h: h, {"key": 3}, "key is 3"),
+        (
+            lambda h: h,
+            {"params": {"down": np.zeros((1, 4, 2)), "up": np.zeros((1, 2, 4))}},
+            r"down and up are \(\(1, 4, 2\), \(1, 2, 4\)\), wanted",
+        ),
     ],
 )
 def test_refuses_by_name(change, options, message):
