@@ -11,6 +11,7 @@ from mtl_jax import tree
 from mtl_jax._checks import named_leaves
 from mtl_jax.transforms import merging
 from mtl_jax.transforms.adapters import lora
+from mtl_jax.transforms.adapters._nodes import factors
 from mtl_jax.transforms.merging import _compose, _spectral
 from mtl_jax.transforms.routing._routers import mean_gates
 from mtl_jax.transforms.routing._upscale import per_example
@@ -85,9 +86,12 @@ def twin(
     low_rank, done = {}, set()
     if rank is not None:
         options = {"matrices": matrices, "svd": svd, "check_finite": False}
-        loras = merging.lora_from_taus(rest, rank=rank, **options)
+        try:
+            loras = merging.lora_from_taus(rest, rank=rank, **options)
+        except ValueError as error:
+            raise ValueError(f"twin: {error}") from error
         low_rank = lora.stack(loras)
-        done = set(tree.paths(lora.delta(loras[0], alpha=1.0)))
+        done = set(factors("twin", low_rank))
     elif density is not None:
         masks = merging.magnitude_masks(
             rest, density=density, scope="leaf", check_finite=False
@@ -123,7 +127,8 @@ def twin_delta(model: Twin, weights: chex.Array) -> Any:
     if weights.shape != (count,):
         raise ValueError(f"twin_delta: weights are {weights.shape}, wanted ({count},)")
     moves = {}
-    for name, (a, b) in _pairs(model.low_rank).items():
+    pairs = factors("twin_delta", model.low_rank) if model.low_rank else {}
+    for name, (a, b) in pairs.items():
         # [T, ..., in, r] by weights, then one product over tasks and ranks.
         a = a.astype(jnp.float32)
         a = a * weights.reshape(-1, *[1] * (a.ndim - 1))
@@ -192,9 +197,3 @@ def _apart(x, y):
         return x
     wide = tree.wide_dtype(x.dtype)
     return (x.astype(wide) - y.astype(wide)[None]).astype(x.dtype)
-
-
-def _pairs(low_rank) -> dict[str, tuple[Any, Any]]:
-    named = named_leaves(low_rank)
-    ends = [name.removesuffix("/a") for name in named if name.endswith("/a")]
-    return {name: (named[f"{name}/a"], named[f"{name}/b"]) for name in ends}

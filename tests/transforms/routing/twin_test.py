@@ -128,7 +128,7 @@ def test_refuses_by_name():
     _, taus = draw(8)
     with pytest.raises(ValueError, match="twin: both rank and density"):
         routing.twin(taus, rank=1, density=0.5)
-    with pytest.raises(ValueError, match="lora_from_taus: rank is 0"):
+    with pytest.raises(ValueError, match="twin: lora_from_taus: rank is 0"):
         routing.twin(taus, rank=0)
     with pytest.raises(ValueError, match="twin: 'bias' is in a task but not in shared"):
         routing.twin(taus, shared={"kernel": jnp.zeros((D, C))})
