@@ -86,7 +86,7 @@ def run(
 ) -> None:
     """Merges random task vectors on the mesh and reports how long that takes.
 
-    Every leaf is a program of its own, so that leaves of one shape share it.
+    The merge is one program, the one that `preflight` compiles.
 
     Args:
       config: see `preflight`; `repeats` says how often it is timed.
@@ -95,8 +95,9 @@ def run(
       progress: a `report.Progress`.
       mesh: where the models live.
     """
-    _, shapes = _outline(config, mesh)
-    merge = _merge(config)
+    params, shapes = _outline(config, mesh)
+    places = jax.tree.map(lambda x: x.sharding, params)
+    merge = jax.jit(_merge(config), out_shardings=places)
     leaves, treedef = jax.tree.flatten(shapes)
     with progress.task("task vectors", total=len(leaves)) as bar:
         taus = []
