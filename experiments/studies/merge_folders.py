@@ -19,9 +19,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from merge_language import Experts, settings
+from language_experts import Experts, adapters_of, settings
 
-from mtl_jax import adapters, cli, io, merging, report, tree
+from mtl_jax import cli, io, merging, report, tree
 from mtl_jax.run import generate
 
 NAMES = ("hpo_branch", "esco_kind")
@@ -103,6 +103,12 @@ def largest(one: Any, other: Any) -> float:
     return float(max(jax.tree.leaves(found)))
 
 
+def differing(one: Any, other: Any, by: float = 1e-6) -> int:
+    """How many weights differ by more: with TIES, entries as large as the cut."""
+    found = jax.tree.map(lambda x, y: jnp.sum(jnp.abs(x - y) > by), one, other)
+    return int(sum(jax.tree.leaves(found)))
+
+
 def compare(experts: Experts, name: str, delta: Any, root: pathlib.Path) -> dict:
     """One recipe by the command line, beside the same merge in memory."""
     recipe, folder = root / f"{name}.yaml", root / f"merged-{name}"
@@ -116,10 +122,13 @@ def compare(experts: Experts, name: str, delta: Any, root: pathlib.Path) -> dict
         "losses_in_memory": [experts.measure(kept, d) for d in domains],
         "losses_of_base": [experts.measure(experts.base, d) for d in domains],
         "largest_difference": largest(read.params, kept),
+        "differing": differing(read.params, kept),
+        "weights": tree.size(experts.adapted),
         "largest_change": largest(kept, experts.base),
         "seconds": seconds,
     }
-    text, _ = command("generate", str(folder), PROMPT, "--max-new-tokens", "24")
+    asked = ("--prompt", PROMPT, "--max-new-tokens", "24")
+    text, _ = command("generate", str(folder), *asked)
     return {**found, "prompt": PROMPT, "continuation": text}
 
 
@@ -135,12 +144,14 @@ def main() -> None:
     with report.Progress("folders", interval=60) as progress:
         experts = Experts(settings(NAMES, (0,)), args.workdir, progress)
         loras = experts.adapters(0)
-        alpha = experts.lora.alpha
-        taus = tree.stack([adapters.lora.delta(x, alpha=alpha) for x in loras])
+        changed = []
         write(experts, experts.base, root / "base")
         for name, lora in zip(NAMES, loras, strict=True):
             params = experts.lora.merge({"base": experts.base, "lora": lora})
             write(experts, params, root / name)
+            changed.append(adapters_of(params, lora))
+        # Of the weights as they are written, rounded.
+        taus = merging.task_vectors(experts.adapted, changed)
         found = {
             name: compare(experts, name, delta, root)
             for name, delta in in_memory(taus).items()

@@ -6,8 +6,9 @@ SmolLM2-135M-Instruct, an adapter of rank 8 on all projections for each of four
 domains of text (`lm_demo.py:demo`); a seed trains new ones. Elementwise rules merge the
 products of the factors, [in, out]; sums and rules of singular vectors merge what the
 factors span, see `merging.lora_span`. A rule's strength is chosen on validation texts
-by climbing from the middle of its grid until both neighbours are worse. *Normalised* is
-the part of its own expert's gain over the base that a domain keeps.
+by climbing from the middle of its grid until both neighbours are worse, past its end
+where need be. *Normalised* is the part of its own expert's gain over the base that a
+domain keeps.
 
 Adapters are kept in WORKDIR; every row is written to OUT/merge_rules-smollm2.json as
 soon as it is there, and rows that are there are not run again.
@@ -28,92 +29,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import rule_table as table
-from etils import epath
-from ml_collections import ConfigDict
+from language_experts import TEST, TOKENS, VALIDATION, Experts, settings
 
-from mtl_jax import adapters, configs, data, merging, report, train, tree, zoo
-from mtl_jax.data.packing import Packed
-from mtl_jax.run import language
+from mtl_jax import adapters, merging, report, tree, zoo
 from mtl_jax.train import causal_lm
-
-DOMAINS = ("hpo_branch", "esco_kind", "icd10_chapter", "sentiment_tweets")
-CONFIG = pathlib.Path(__file__).parents[1] / "configs/lm_demo.py"
-# Rows of each domain, and tokens in a row.
-VALIDATION, TEST, TOKENS = 1, 4, 128
-
-
-def settings(domains: Sequence[str] = DOMAINS, seeds: Sequence[int] = (0, 1)) -> Any:
-    """The language demo with these domains and seeds."""
-    config = configs.load_config(f"{CONFIG}:demo")
-    config.domains, config.seeds = tuple(domains), tuple(seeds)
-    return config
-
-
-class Experts:
-    """The base, adapters of every domain and seed, and texts to measure models on.
-
-    Attributes:
-      base: all parameters.
-      adapted: those leaves of it that adapters change.
-    """
-
-    def __init__(self, config: ConfigDict, workdir: Any, progress: report.Progress):
-        document = report.Report("Adapters to merge", config=config)
-        study = language.LanguageStudy(config, document, progress, train.make_mesh())
-        self.study, self.names, self.lora = study, study.domains, study.lora
-        self.model, self.base = study.model, study.model.params
-        self.folder = epath.Path(workdir) / "adapters"
-        compute = causal_lm.token_losses(study.model.module)
-        self._sums = jax.jit(lambda p, b: [jnp.sum(x, -1) for x in compute(p, b)])
-        own = [self.rows(name, "validation", VALIDATION) for name in self.names]
-        self.validation = {k: np.concatenate([x[k] for x in own]) for k in own[0]}
-        self.test = [self.rows(name, "test", TEST) for name in self.names]
-        like = study.start(0)["lora"]
-        self.adapted = adapters_of(self.base, like)
-
-    def rows(self, name: str, split: str, count: int) -> dict[str, np.ndarray]:
-        """Packed rows of texts in the order of the documents."""
-        texts = self.study._documents(name, split, 200)
-        packed = Packed(texts, TOKENS, method="next_fit")
-        if len(packed) < count:
-            raise SystemExit(f"{name}: {len(packed)} {split} rows, wanted {count}")
-        return data.to_arrays(packed, limit=count)
-
-    def adapters(self, seed: int) -> list[Any]:
-        """One of every domain, trained or read back."""
-        return [self.study.fit(name, seed, self.folder)[0] for name in self.names]
-
-    def moved(self, delta: Any, scale: float = 1.0) -> Any:
-        """All parameters, with a difference of the adapted ones."""
-        return put(self.base, tree.add_scaled(self.adapted, delta, scale))
-
-    def losses(self, params: Any, batch: Any) -> np.ndarray:
-        """Mean loss of a token [rows]."""
-        total, count = jax.device_get(self._sums(params, batch))
-        return total / count
-
-    def validate(self, params: Any) -> np.ndarray:
-        """Loss of each domain's validation row [D]."""
-        return self.losses(params, self.validation)
-
-    def measure(self, params: Any, domain: int) -> float:
-        """Mean loss of a token of a domain's test rows."""
-        total, count = jax.device_get(self._sums(params, self.test[domain]))
-        return float(total.sum() / count.sum())
-
-
-def adapters_of(params: Any, like: Any) -> Any:
-    """The leaves of nested dicts that an adapter has pairs for."""
-    if set(like) == {"a", "b"}:
-        return params
-    return {key: adapters_of(params[key], value) for key, value in like.items()}
-
-
-def put(params: Any, part: Any) -> Any:
-    """Nested dicts with some of their leaves replaced."""
-    if not isinstance(part, dict):
-        return part
-    return {**params, **{key: put(params[key], part[key]) for key in part}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +50,11 @@ class Row:
     rank: int | None = None
 
 
+def scaling_of(lora: causal_lm.LoraSettings) -> dict[str, Any]:
+    """What turns factors into a difference of weights."""
+    return {"alpha": lora.alpha, "rslora": lora.rslora}
+
+
 def every(name: str, shape: tuple[int, ...]) -> bool:
     """All adapted leaves are matrices in their last two axes, layers before them."""
     del name, shape
@@ -145,7 +69,7 @@ def rows(base: Any, lora: causal_lm.LoraSettings, count: int) -> dict[str, Row]:
       lora: how the adapters were made.
       count: of experts.
     """
-    scaling: Any = {"alpha": lora.alpha, "rslora": lora.rslora}
+    scaling = scaling_of(lora)
     whole = count * lora.rank
 
     def spanned(rule, scales, side="both"):
@@ -220,17 +144,23 @@ def product(lora: Any) -> Any:
 
 
 def climb(loss: Callable[[float], float], grid: Sequence[float]) -> float:
-    """The least of a grid, from its middle until both neighbours are worse."""
+    """The least of a grid, from its middle until both neighbours are worse.
+
+    Where its end is the best, the grid goes on in steps of the last ratio.
+    """
+    points = list(grid)
     known: dict[int, float] = {}
-    here = len(grid) // 2
+    here = len(points) // 2
     while True:
-        near = range(max(here - 1, 0), min(here + 2, len(grid)))
+        if here == len(points) - 1 < 2 * len(grid):
+            points.append(points[-1] * grid[-1] / grid[-2])
+        near = range(max(here - 1, 0), min(here + 2, len(points)))
         for i in near:
             if i not in known:
-                known[i] = loss(grid[i])
+                known[i] = loss(points[i])
         best = min(near, key=lambda i: known[i])
         if best == here:
-            return grid[here]
+            return points[here]
         here = best
 
 
@@ -248,7 +178,7 @@ class Board:
     def taus(self) -> Any:
         """Task vectors of the adapted leaves, made when first asked for."""
         if self._taus is None:
-            scaling = {"alpha": self.experts.lora.alpha}
+            scaling = scaling_of(self.experts.lora)
             self._taus = jax.block_until_ready(
                 tree.stack([adapters.lora.delta(x, **scaling) for x in self.loras])
             )
