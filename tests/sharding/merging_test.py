@@ -44,6 +44,9 @@ def taus():
 @pytest.mark.parametrize("name", METHODS)
 def test_sharded_equals_unsharded_without_gathering_a_leaf(name, taus):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    if name == "sce":
+        # Variances of permuted halves tie but for their rounding: no order is right.
+        taus["kernel"] = jax.random.normal(jax.random.key(1), (3, 32, 24))
     # Rows of breadcrumbs are whole: the last axis is not sharded there.
     last = None if name == "breadcrumbs" else "model"
     spec = {
@@ -61,7 +64,8 @@ def test_sharded_equals_unsharded_without_gathering_a_leaf(name, taus):
         jax.tree.leaves(METHODS[name](taus)),
         strict=True,
     ):
-        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+        # Norms and weights are sums over shards here, over the whole there.
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
     gathered = re.findall(r"= \w+\[([\d,]*)\][^=]*? all-gather\(", compiled.as_text())
     sizes = [int(np.prod([int(d) for d in g.split(",") if d])) for g in gathered]
     assert max(sizes, default=0) < taus["bias"][0].size, sizes

@@ -33,9 +33,11 @@ def pwe(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
       of Experts Based Model Fusion".
 
     >>> from mtl_jax.transforms.routing import upscale
-    >>> model = upscale({"w": jnp.zeros(1)}, {"w": jnp.ones((2, 1))}, {"all": "w"})
+    >>> model = upscale(
+    ...     {"w": jnp.zeros((1, 1))}, {"w": jnp.ones((2, 1, 1))}, {"all": "w"}
+    ... )
     >>> routers = {"all": {"bias": jnp.zeros(2), "kernel": jnp.eye(2)}}
-    >>> apply = pwe(lambda p, x: x * p["w"])
+    >>> apply = pwe(lambda p, x: x @ p["w"])
     >>> apply(routers, model, jnp.array([0.25, 0.75]), jnp.ones((1, 1))).tolist()
     [[1.0]]
     """

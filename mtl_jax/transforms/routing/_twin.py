@@ -168,10 +168,10 @@ def twin_apply(
     Differs: the released router has two hidden layers, batch norm and dropout, and its
       features are averaged before it; a router here has one, and logits are averaged.
 
-    >>> model = twin({"w": jnp.array([[1.0], [3.0]])}, scale=0.0)
-    >>> apply = twin_apply(lambda p, x: x * p["w"], lambda p, x: x)
+    >>> model = twin({"w": jnp.array([[[1.0]], [[3.0]]])}, scale=0.0)
+    >>> apply = twin_apply(lambda p, x: x @ p["w"], lambda p, x: x)
     >>> router = {"bias": jnp.array([9.0, -9.0])}
-    >>> apply(router, model, {"w": jnp.ones(1)}, jnp.ones((1, 1))).round(4).tolist()
+    >>> apply(router, model, {"w": jnp.ones((1, 1))}, jnp.ones((1, 1))).round(4).tolist()
     [[2.0]]
     """
 

@@ -45,8 +45,10 @@ def we_moe(
 
     >>> import jax.numpy as jnp
     >>> from mtl_jax.transforms.routing import upscale
-    >>> apply = we_moe(lambda p, x: x * p["w"], lambda p, x: x)
-    >>> model = upscale({"w": jnp.ones(1)}, {"w": jnp.ones((2, 1))}, {"all": "w"})
+    >>> apply = we_moe(lambda p, x: x @ p["w"], lambda p, x: x)
+    >>> model = upscale(
+    ...     {"w": jnp.ones((1, 1))}, {"w": jnp.ones((2, 1, 1))}, {"all": "w"}
+    ... )
     >>> routers = {"all": {"bias": jnp.zeros(2), "kernel": jnp.ones((1, 2))}}
     >>> apply(routers, model, jnp.array([[1.0], [2.0]])).tolist()
     [[3.0], [10.0]]
