@@ -170,8 +170,8 @@ def twin_apply(
 
     >>> model = twin({"w": jnp.array([[[1.0]], [[3.0]]])}, scale=0.0)
     >>> apply = twin_apply(lambda p, x: x @ p["w"], lambda p, x: x)
-    >>> router = {"bias": jnp.array([9.0, -9.0])}
-    >>> apply(router, model, {"w": jnp.ones((1, 1))}, jnp.ones((1, 1))).round(4).tolist()
+    >>> router, one = {"bias": jnp.array([9.0, -9.0])}, jnp.ones((1, 1))
+    >>> apply(router, model, {"w": one}, one).round(4).tolist()
     [[2.0]]
     """
 
