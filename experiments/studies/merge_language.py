@@ -5,10 +5,11 @@ python experiments/studies/merge_language.py --seeds 0 1
 SmolLM2-135M-Instruct, an adapter of rank 8 on all projections for each of four
 domains of text (`lm_demo.py:demo`); a seed trains new ones. Elementwise rules merge the
 products of the factors, [in, out]; sums and rules of singular vectors merge what the
-factors span, see `merging.lora_span`. A rule's strength is chosen on validation texts
-by climbing from the middle of its grid until both neighbours are worse, past its end
-where need be. *Normalised* is the part of its own expert's gain over the base that a
-domain keeps.
+factors span, see `merging.lora_span` (WUDI by its exact solver: steps of Adam depend on
+the axes). A rule's strength is chosen on validation texts
+by climbing on its grid until both neighbours are worse, from the middle or from what
+another seed chose. *Normalised* is the part of its own expert's gain over the base that
+a domain keeps.
 
 Adapters are kept in WORKDIR; every row is written to OUT/merge_rules-smollm2.json as
 soon as it is there, and rows that are there are not run again.
@@ -143,24 +144,18 @@ def product(lora: Any) -> Any:
     return {key: product(value) for key, value in lora.items()}
 
 
-def climb(loss: Callable[[float], float], grid: Sequence[float]) -> float:
-    """The least of a grid, from its middle until both neighbours are worse.
-
-    Where its end is the best, the grid goes on in steps of the last ratio.
-    """
-    points = list(grid)
+def climb(loss: Callable[[float], float], grid: Sequence[float], start: float) -> float:
+    """The least of a grid, from near `start` until both neighbours are worse."""
     known: dict[int, float] = {}
-    here = len(points) // 2
+    here = min(range(len(grid)), key=lambda i: abs(grid[i] - start))
     while True:
-        if here == len(points) - 1 < 2 * len(grid):
-            points.append(points[-1] * grid[-1] / grid[-2])
-        near = range(max(here - 1, 0), min(here + 2, len(points)))
+        near = range(max(here - 1, 0), min(here + 2, len(grid)))
         for i in near:
             if i not in known:
-                known[i] = loss(points[i])
+                known[i] = loss(grid[i])
         best = min(near, key=lambda i: known[i])
         if best == here:
-            return points[here]
+            return grid[here]
         here = best
 
 
@@ -187,6 +182,11 @@ class Board:
     def has(self, name: str) -> bool:
         """Whether this row and seed were measured before."""
         return str(self.seed) in self.rows.get(name, {})
+
+    def start(self, name: str, grid: Sequence[float]) -> float:
+        """Where to begin to look for a strength."""
+        others = [found["scale"] for found in self.rows.get(name, {}).values()]
+        return others[0] if others else grid[len(grid) // 2]
 
     def write(self, name: str, losses: list[float], **more: Any) -> None:
         """Keeps a row, in the file too."""
@@ -229,7 +229,7 @@ class Board:
                 np.mean(self.experts.validate(self.experts.moved(delta, scale)))
             )
 
-        scale = climb(loss, row.scales)
+        scale = climb(loss, row.scales, self.start(name, row.scales))
         params = self.experts.moved(delta, scale)
         losses = [self.experts.measure(params, d) for d in range(self.count)]
         self.write(
@@ -258,7 +258,8 @@ class Board:
                 return float(self.experts.validate(params(knob))[d])
 
             grid = row.knobs
-            knob = climb(loss, grid) if len(grid) > 1 else grid[0]
+            middle = grid[len(grid) // 2]
+            knob = climb(loss, grid, middle) if len(grid) > 1 else grid[0]
             knobs.append(knob)
             losses.append(self.experts.measure(params(knob), d))
         bits = row.bits(self.count, self.adapted, self.size - self.adapted)

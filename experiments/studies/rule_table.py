@@ -10,8 +10,8 @@ import jax
 
 from mtl_jax import merging, zoo
 
-SUM = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
-MEAN = (0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
+SUM = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0)
+MEAN = (0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0)
 KEY = jax.random.key(0)
 Rule = Callable[[Any], Any]
 
