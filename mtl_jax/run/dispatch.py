@@ -257,8 +257,9 @@ def preflight(
     """Compiles the training step of a config, and all kernels, for a TPU topology.
 
     For a system that edits trained parameters that is the fine-tuning of an expert,
-    for one that trains the step of one method of its comparison. For a language
-    experiment it is the step that trains, or decoding (without kernels).
+    for one that trains the step of one method of its comparison, for one that acts at
+    inference decoding by one of its rows. For a language experiment it is the step that
+    trains, or decoding (without kernels).
 
     Args:
       config: an experiment; one with a suite needs CLIP towers, whose shapes are known
@@ -267,7 +268,7 @@ def preflight(
       mesh: sizes of the axes; the config's by default.
       method: of a comparison: a row, which stands for its first candidate, a candidate
         whose name only one row has, or `ROW/CANDIDATE`; by default the system's own,
-        which is the last row.
+        which is the last row. Of what acts at inference: a row, by default the last.
 
     Returns:
       A `train.preflight.PreflightReport`.
@@ -278,6 +279,7 @@ def preflight(
     """
     from mtl_jax.train import preflight as preflight_lib
 
+    target: Any = {"topology": topology, "mesh": mesh or _plain(config.mesh)}
     if "experiment" in config:
         check = _lookup("experiment", _PREFLIGHTS, config.experiment)
         if method is not None:
@@ -285,20 +287,14 @@ def preflight(
                 f"preflight: experiment {config.experiment!r} compares no methods, "
                 f"found {method!r}"
             )
-        return check(config, topology=topology, mesh=mesh or _plain(config.mesh))
+        return check(config, **target)
     entry, module = _system(config)
     kind = _kind(config, entry)
-    step = _lookup(
-        "preflight of", {"posthoc": _expert_step, "trainable": _contest_step}, kind
-    )
+    if kind == "servable":
+        return serving.preflight(config, module.build(config), method=method, **target)
+    step = _STEPS[kind]
     trainable, batch = step(config, module, method)
-    return preflight_lib.preflight(
-        trainable,
-        batch,
-        topology=topology,
-        mesh=mesh or _plain(config.mesh),
-        with_kernels=True,
-    )
+    return preflight_lib.preflight(trainable, batch, **target, with_kernels=True)
 
 
 def _contest_step(
@@ -381,6 +377,13 @@ def _expert_step(
         "image": _images(encoder, batch),
         "label": jax.ShapeDtypeStruct((batch,), "int32"),
     }
+
+
+_STEPS = {
+    "posthoc": _expert_step,
+    "trainable": _contest_step,
+    "embedding": embedding.contrastive_step,
+}
 
 
 def _images(encoder: zoo.Encoder, count: int) -> jax.ShapeDtypeStruct:

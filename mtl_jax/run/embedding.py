@@ -9,10 +9,10 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from mtl_jax import report
+from mtl_jax import report, train
 from mtl_jax.run.experiment import Experiment, mean_and_spread
 from mtl_jax.zoo import embedding
-from mtl_jax.zoo.embedding_material import MATERIALS
+from mtl_jax.zoo.embedding_material import MATERIALS, OUTLINES
 
 BASE, JOINT, BALANCED = "base", "joint training", "balanced training"
 
@@ -56,11 +56,7 @@ class EmbeddingStudy(Experiment):
         mesh: jax.sharding.Mesh,
     ):
         super().__init__(config, document, progress)
-        name = config.material.name
-        if name not in MATERIALS:
-            raise ValueError(
-                f"material {name!r} does not exist; known: {', '.join(MATERIALS)}"
-            )
+        _known(config)
         self.mesh = mesh
         self.groups: tuple[tuple[str, str], ...] = ()
         self.model = ""
@@ -121,6 +117,50 @@ class EmbeddingStudy(Experiment):
         """(seeds in which a row's mean is at least another's, differences [S])."""
         gap = self.results[first].mean - self.results[second].mean
         return int(np.sum(gap >= 0)), gap
+
+
+def _known(config: ConfigDict) -> None:
+    name = config.material.name
+    if name not in MATERIALS:
+        raise ValueError(
+            f"material {name!r} does not exist; known: {', '.join(MATERIALS)}"
+        )
+
+
+def contrastive_step(
+    config: ConfigDict, module: Any, method: str | None
+) -> tuple[train.Trainable, Any]:
+    """The training of an expert without weights, and the shapes of its batch.
+
+    Args:
+      config: of the study.
+      module: of the system; all train alike.
+      method: None; rows of the study merge what this step trained.
+
+    Raises:
+      ValueError: a method, or a material that does not exist.
+    """
+    del module
+    if method is not None:
+        raise ValueError(
+            f"preflight: the step is that of training an expert, found method "
+            f"{method!r}"
+        )
+    _known(config)
+    outline = OUTLINES[config.material.name](**config.material.options.to_dict())
+    training = config.training
+    size = training.batch_size
+    trainable = embedding.contrastive(
+        embedding.pair_loss(outline.features, training.temperature),
+        outline.params,
+        training.rate,
+        outline.rules,
+    )
+    return trainable, {
+        "first": outline.batch(size),
+        "second": outline.batch(size),
+        "label": jax.ShapeDtypeStruct((size,), "int32"),
+    }
 
 
 def _add_table(study: EmbeddingStudy) -> None:

@@ -1,5 +1,6 @@
 """Language models on a TPU that is not here: one training step, or decoding."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,14 +34,23 @@ def outline(config: ConfigDict) -> tuple[models.Decoder, Any]:
     """
     options = config.model.options.to_dict()
     name, more = _NAMES.get(config.model.name, (config.model.name, {}))
-    module: Any = models.build(name, **{**more, **options})
-    if not isinstance(module, models.Decoder):
-        raise ValueError(f"preflight: model {name!r} is no decoder")
-    start = jnp.zeros((1, 1), jnp.int32)
-    params = jax.eval_shape(module.init, jax.random.key(0), start)["params"]
+    module, params = decoder(name, **{**more, **options})
     if rules := tuple(config.model.nf4):
         params = jax.eval_shape(lambda p: nf4.quantize(p, *rules), params)
     return module, params
+
+
+def decoder(name: str, **options: Any) -> tuple[models.Decoder, Any]:
+    """A decoder that `models.build` knows, and shapes of its parameters.
+
+    Raises:
+      ValueError: if there is no such decoder.
+    """
+    module: Any = models.build(name, **options)
+    if not isinstance(module, models.Decoder):
+        raise ValueError(f"preflight: model {name!r} is no decoder")
+    start = jnp.zeros((1, 1), jnp.int32)
+    return module, jax.eval_shape(module.init, jax.random.key(0), start)["params"]
 
 
 def preflight(
@@ -64,7 +74,9 @@ def preflight(
     if "decode" in config:
         if tuple(config.model.nf4):
             raise ValueError("preflight: a model in 4 bits is not decoded as it is")
-        return _decoding(module, params, config.decode, topology, mesh)
+        return decoding_report(
+            [(module, params)], config.decode, topology=topology, mesh=mesh
+        )
     training = config.training
     lora = None
     if config.lora is not None:
@@ -83,13 +95,34 @@ def preflight(
     return preflight_lib.preflight(trainable, batch, topology=topology, mesh=mesh)
 
 
-def _decoding(module, params, options, topology, mesh):
-    """Reading prompts and the loop over tokens, one program.
+def decoding_report(
+    members: Sequence[tuple[models.Decoder, Any]],
+    options: Any,
+    *,
+    topology: str,
+    mesh: Mapping[str, int],
+    fuse: Any = None,
+) -> preflight_lib.PreflightReport:
+    """Compiles the reading of prompts and the loop over tokens, one program.
 
     Each device holds its part of every weight for good: no token waits for weights.
+
+    Args:
+      members: decoders and shapes of their parameters; one, or with `fuse` several.
+      options: `batch_size`, `prompt_tokens`, `max_new_tokens` and `stop`.
+      topology: see `preflight`.
+      mesh: see `preflight`.
+      fuse: see `decoding.fused`.
+
+    Returns:
+      The report.
+
+    Raises:
+      ValueError: as `train.preflight.preflight`, or for several models without `fuse`.
     """
+    if fuse is None and len(members) != 1:
+        raise ValueError(f"decoding_report: {len(members)} models want a fuse")
     placed = preflight_lib.target_mesh(topology, mesh)
-    rules = without_axis(models.sharding_rules(module), sharding.DATA)
 
     def on_mesh(tree, rules):
         specs = sharding.specs_from_rules(tree, rules)
@@ -99,27 +132,34 @@ def _decoding(module, params, options, topology, mesh):
             sharding.shardings(placed, tree, specs),
         )
 
+    def weights(module, params):
+        rules = without_axis(models.sharding_rules(module), sharding.DATA)
+        return on_mesh(params, rules)
+
     rows, width, new = options.batch_size, options.prompt_tokens, options.max_new_tokens
-    params = on_mesh(params, rules)
-    cache = jax.eval_shape(lambda: models.init_cache(module, rows, width + new))
-    sharding.check_batch(cache["length"], placed, accumulate=1)
+    params = tuple(weights(module, params) for module, params in members)
+    caches = tuple(
+        jax.eval_shape(lambda m=module: models.init_cache(m, rows, width + new))
+        for module, _ in members
+    )
+    sharding.check_batch(caches[0]["length"], placed, accumulate=1)
     split = NamedSharding(placed, PartitionSpec(sharding.DATA))
     ids, lengths = (
         jax.ShapeDtypeStruct(shape, "int32", sharding=split)
         for shape in ((rows, width), (rows,))
     )
-    run = decoding.generation_fn(
-        decoding.from_decoder(module), max_new_tokens=new, stop=options.stop
-    )
+    model: Any = tuple(decoding.from_decoder(module) for module, _ in members)
+    model = model[0] if fuse is None else decoding.fused(model, fuse)
+    run = decoding.generation_fn(model, max_new_tokens=new, stop=options.stop)
     return preflight_lib.inspect(
         jax.jit(run),
-        (params, ids, lengths),
+        (params if fuse is not None else params[0], ids, lengths),
         topology=topology,
         mesh=placed,
         batch_size=rows,
         parts={
             "parameters": params,
-            "cache": on_mesh(cache, CACHE_RULES),
+            "cache": tuple(on_mesh(cache, CACHE_RULES) for cache in caches),
             "prompts": (ids, lengths),
         },
     )

@@ -1,7 +1,7 @@
 """A study of language models that are steered while they run."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,7 +9,8 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from mtl_jax import report
+from mtl_jax import models, report
+from mtl_jax.run import language_preflight
 from mtl_jax.run.experiment import Experiment, mean_and_spread
 from mtl_jax.zoo import serving
 from mtl_jax.zoo.serving_text import Texts
@@ -18,6 +19,8 @@ ENSEMBLES: dict[str, Callable[..., serving.Ensemble]] = {
     "strings": serving.Strings,
     "texts": Texts,
 }
+
+OUTLINE = "outline"  # Shapes of models, for preflight.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,8 @@ class ServingStudy(Experiment):
     ):
         super().__init__(config, document, progress)
         name = config.models.name
+        if name == OUTLINE:
+            raise ValueError("these models have no weights: mtl-jax preflight only")
         if name not in ENSEMBLES:
             raise ValueError(
                 f"models {name!r} do not exist; known: {', '.join(ENSEMBLES)}"
@@ -170,3 +175,53 @@ def run(
         rests_on=f"{len(study.seeds)} seeds.",
         details=lambda: _add_details(study),
     )
+
+
+def preflight(
+    config: ConfigDict,
+    system: serving.Steering,
+    *,
+    topology: str,
+    mesh: Mapping[str, int],
+    method: str | None = None,
+) -> Any:
+    """Compiles greedy decoding by a row of the study, for a TPU topology.
+
+    Args:
+      config: of the study; `models` has the name "outline", what `large` and `small`
+        are, how many `experts` there are, and what to `decode`.
+      system: its rows.
+      topology: see `train.preflight.preflight`.
+      mesh: sizes of the axes.
+      method: a row; the last one by default.
+
+    Returns:
+      A `train.preflight.PreflightReport`.
+
+    Raises:
+      ValueError: as `train.preflight.preflight`, for models that have weights, and for
+        a row that does not exist.
+    """
+    if config.models.name != OUTLINE:
+        raise ValueError(
+            f"preflight: the models {config.models.name!r} are meant for a CPU; use "
+            "the variant :paper"
+        )
+    rows = {row.name: row for row in system.rows}
+    row = rows.get(method) if method is not None else system.rows[-1]
+    if row is None:
+        raise ValueError(f"preflight: no row {method!r}, known: {', '.join(rows)}")
+    large, small = (_outline(config.models[size]) for size in ("large", "small"))
+    if row.role == "fused":
+        members = [large, small, *[small] * (config.models.experts if row.every else 1)]
+    else:
+        members = [large if row.role in ("large", "tuned") else small]
+    return language_preflight.decoding_report(
+        members, config.models.decode, topology=topology, mesh=mesh, fuse=row.fuse
+    )
+
+
+def _outline(options: ConfigDict) -> tuple[models.Decoder, Any]:
+    """A decoder by name, and shapes of its parameters."""
+    options = options.to_dict()
+    return language_preflight.decoder(options.pop("name"), **options)

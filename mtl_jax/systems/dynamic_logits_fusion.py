@@ -33,8 +33,8 @@ SPEC = SystemSpec(
         "Of experts that tie the first is taken: the objective sees how far to move, "
         "not which expert fits.",
         "Bisection of the objective's slope is ours, beside the paper's grid.",
-        "Small decoders trained here on invented strings, and SmolLM2-135M with a copy "
-        "of its first layers, stand for LLaMA-2 and TinyLlama.",
+        "Small decoders trained here on invented strings, and SmolLM2-135M with copies "
+        "of 20 of its 30 layers, stand for LLaMA-2 and TinyLlama.",
     ),
 )
 

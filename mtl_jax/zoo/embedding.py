@@ -9,11 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax import losses, metrics, train, tree
+from mtl_jax import io, losses, metrics, train, tree
 from mtl_jax.models import heads
 from mtl_jax.train import optim
 from mtl_jax.transforms import merging
+from mtl_jax.zoo import keep
 
+_FORMAT = 1  # Part of every address: raise it when training changes its meaning.
+_WHOLE = ((".*", jax.sharding.PartitionSpec()),)
 Texts = Mapping[str, np.ndarray]
 
 
@@ -77,12 +80,14 @@ class Material:
       base: parameters.
       features: `features(params, texts) -> [B, D]`.
       groups: two or more.
+      rules: where parameters lie on a mesh, see `train.Trainable`.
     """
 
     name: str
     base: Any
     features: Callable[[Any, Texts], Any]
     groups: tuple[Group, ...]
+    rules: Any = _WHOLE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,8 +182,15 @@ class Family:
         self.material, self.settings = material, settings
         self.loss_fn = pair_loss(material.features, settings.temperature)
         self._bar = bar
+        self._question = {
+            "format": _FORMAT,
+            "model": material.name,
+            "base": io.digest(material.base),
+            "pairs": [io.digest(vars(group.train)) for group in material.groups],
+            "settings": dataclasses.asdict(settings),
+        }
         self._features = jax.jit(material.features)
-        self._trainer = _trainer(self.loss_fn, material.base, settings, mesh)
+        self._trainer = _trainer(self.loss_fn, material, settings.rate, mesh)
         self._loss = jax.jit(self.loss_fn)
         self.experts, self.norms = [], []
         for number in range(len(material.groups)):
@@ -200,7 +212,23 @@ class Family:
         return max(1, count // self.settings.batch_size)
 
     def fit(self, plan: Sequence[int], name: str) -> tuple[Any, np.ndarray]:
-        """Trains from the base; step i takes the next batch of group `plan[i]`."""
+        """Trains from the base; step i takes the next batch of group `plan[i]`.
+
+        What was trained before is read from the package cache.
+        """
+        plan = [int(group) for group in plan]
+        address = keep.address({**self._question, "plan": plan})
+
+        def train_it(workdir):
+            del workdir
+            return self._fit(plan, name)
+
+        stem = f"embedding-{address}"
+        params, record = keep.kept(stem, self.material.base, train_it)
+        return params, np.array(record["norms"])
+
+    def _fit(self, plan, name):
+        """Parameters, and a record of the lengths of the way."""
         size = self.settings.batch_size
         rng = np.random.default_rng(self.settings.seed)
         orders = [rng.permutation(len(group.train.label)) for group in self.groups]
@@ -236,7 +264,7 @@ class Family:
             for record in found.history
             if "eval/norm" in record
         ]
-        return found.params, np.array(norms)
+        return found.params, {"norms": norms}
 
     def joint(self) -> Any:
         """All pairs of all groups once, batches shuffled: the large group decides."""
@@ -312,23 +340,38 @@ class Family:
         return np.concatenate(found)[:count]
 
 
+def contrastive(
+    loss_fn: Callable[[Any, Any], Any], like: Any, rate: float, rules: Any
+) -> train.Trainable:
+    """How every model of a family is trained.
+
+    Args:
+      loss_fn: see `pair_loss`.
+      like: parameters or their shapes; `init` makes zeros like them.
+      rate: of Adam.
+      rules: where leaves lie on a mesh, see `train.Trainable`.
+    """
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
+
+    def init(key):
+        del key
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    return train.Trainable(
+        init=init,
+        loss_fn=lambda params, batch, key: (loss_fn(params, batch), {}),
+        tx=optim.optimizer("adam", rate),
+        rules=rules,
+    )
+
+
 _TRAINERS: dict[Any, train.Trainer] = {}
 
 
-def _trainer(loss_fn, base, settings, mesh):
+def _trainer(loss_fn, material, rate, mesh):
     """One per loss and rate: all models of all seeds share the step."""
-    key = (loss_fn, settings.rate, mesh)
+    key = (loss_fn, rate, mesh)
     if key not in _TRAINERS:
-        shapes = jax.eval_shape(lambda: base)
-
-        def init(key):
-            del key
-            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-        trainable = train.Trainable(
-            init=init,
-            loss_fn=lambda params, batch, key: (loss_fn(params, batch), {}),
-            tx=optim.optimizer("adam", settings.rate),
-        )
+        trainable = contrastive(loss_fn, material.base, rate, material.rules)
         _TRAINERS[key] = train.Trainer(trainable, mesh=mesh)
     return _TRAINERS[key]

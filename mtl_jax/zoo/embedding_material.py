@@ -1,18 +1,23 @@
 """What families of embedding models start from: invented documents, or MiniLM."""
 
+import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax import data, models, train
+from mtl_jax import data, io, models, train
 from mtl_jax.data import corpora, documents
 from mtl_jax.models import heads
 from mtl_jax.multitask import minilm
 from mtl_jax.train import optim
+from mtl_jax.zoo import keep
 from mtl_jax.zoo.embedding import Group, Material, Pairs, pair_loss
+
+_FORMAT = 1  # Part of every address: raise it when training changes its meaning.
 
 
 def invented(
@@ -38,17 +43,7 @@ def invented(
       depth: of the encoder.
       progress: a `report.Progress`.
     """
-    encoder = models.Bert(
-        vocab_size=documents.VOCAB_SIZE,
-        width=width,
-        depth=depth,
-        num_heads=4,
-        mlp_dim=2 * width,
-        max_positions=documents.LENGTH,
-    )
-
-    features = _of_tokens(encoder)
-
+    outline = _invented_outline(width=width, depth=depth)
     rng = np.random.default_rng([seed, 0])
     groups = (
         _retrieval(rng, sizes[0], probe, test),
@@ -59,40 +54,114 @@ def invented(
         found = documents.crops(np.random.default_rng([seed, 1, step]), 64)
         return _pairs(found).take(np.arange(64))
 
-    with progress.task("base", total=pretrain_steps) as bar:
-        base = _pretrainer(encoder, pretrain_steps).fit(
-            batch, steps=pretrain_steps, seed=seed, progress=bar
+    def fit(workdir):
+        del workdir
+        with progress.task("base", total=pretrain_steps) as bar:
+            found = _pretrainer(outline.encoder, pretrain_steps).fit(
+                batch, steps=pretrain_steps, seed=seed, progress=bar
+            )
+        return found.params, {}
+
+    name = f"transformer of {depth} layers, {width} wide"
+    question = {"format": _FORMAT, "name": name, "steps": pretrain_steps, "seed": seed}
+    stem = f"invented-{keep.address({**question, 'first': io.digest(batch(0))})}"
+    base, _ = keep.kept(stem, outline.params, fit)
+    return outline.material(name, base, groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """An encoder of texts, without weights.
+
+    Attributes:
+      encoder: module; it reads columns of `texts`.
+      texts: column -> shape and dtype of one text.
+    """
+
+    encoder: models.Bert
+    texts: Mapping[str, tuple[tuple[int, ...], str]]
+
+    @property
+    def features(self) -> Any:
+        """`features(params, texts) -> [B, D]`; one function per encoder."""
+        return _features(self.encoder)
+
+    @property
+    def params(self) -> Any:
+        """Shapes of the parameters."""
+        rows = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.batch(1))
+        start = jax.random.key(0)
+        return jax.eval_shape(
+            lambda key: self.encoder.init(key, _inputs(rows))["params"], start
         )
-    return Material(
-        name=f"transformer of {depth} layers, {width} wide",
-        base=base.params,
-        features=features,
-        groups=groups,
-    )
+
+    @property
+    def rules(self) -> Any:
+        """Where parameters lie on a mesh."""
+        return models.sharding_rules(self.encoder)
+
+    def material(self, name: str, base: Any, groups: tuple[Group, ...]) -> Material:
+        """With weights and pairs."""
+        return Material(
+            name=name,
+            base=base,
+            features=self.features,
+            groups=groups,
+            rules=self.rules,
+        )
+
+    def batch(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of so many texts."""
+        return {
+            name: jax.ShapeDtypeStruct((size, *shape), dtype)
+            for name, (shape, dtype) in self.texts.items()
+        }
+
+
+def _inputs(texts):
+    return texts[minilm.HIDDEN] if minilm.HIDDEN in texts else texts["input_ids"]
 
 
 @functools.cache
-def _of_tokens(encoder):
+def _features(encoder):
     def features(params, texts):
-        hidden = encoder.apply({"params": params}, texts["input_ids"])
-        return heads.mean_pool(hidden, jnp.ones(hidden.shape[:2], bool))
-
-    return features
-
-
-@functools.cache
-def _of_hidden(encoder):
-    def features(params, texts):
-        mask = texts["attention_mask"]
-        hidden = encoder.apply({"params": params}, texts[minilm.HIDDEN], mask)
+        mask = texts.get("attention_mask")
+        hidden = encoder.apply({"params": params}, _inputs(texts), mask)
+        if mask is None:
+            mask = jnp.ones(hidden.shape[:2], bool)
         return heads.mean_pool(hidden, mask)
 
     return features
 
 
+def _invented_outline(*, width: int = 64, depth: int = 2, **rest: Any) -> Outline:
+    del rest
+    encoder = models.Bert(
+        vocab_size=documents.VOCAB_SIZE,
+        width=width,
+        depth=depth,
+        num_heads=4,
+        mlp_dim=2 * width,
+        max_positions=documents.LENGTH,
+    )
+    return Outline(encoder, {"input_ids": ((documents.LENGTH,), "int32")})
+
+
+def _minilm_outline(*, lower: int = 4, length: int = 24, **rest: Any) -> Outline:
+    """MiniLM without its lowest layers; with all of them it reads tokens."""
+    del rest
+    mask = {"attention_mask": ((length,), "int32")}
+    if not lower:
+        return Outline(models.Bert(), {"input_ids": ((length,), "int32"), **mask})
+    encoder = models.Bert(depth=models.Bert().depth - lower, embed=False)
+    return Outline(
+        encoder, {minilm.HIDDEN: ((length, encoder.width), "float32"), **mask}
+    )
+
+
 @functools.cache
 def _pretrainer(encoder, steps):
-    loss = pair_loss(_of_tokens(encoder), 0.05)
+    loss = pair_loss(_features(encoder), 0.05)
 
     def init(key):
         return encoder.init(key, jnp.zeros((1, documents.LENGTH), jnp.int32))["params"]
@@ -155,7 +224,7 @@ def minilm_texts(
 
     Retrieval finds the definition of a phenotype (HPO) by its name. Two sentences of
     product reviews are alike if both praise or both blame. The lower layers are run
-    once and stay as they are.
+    once and stay as they are, if any do.
 
     Args:
       seed: of the pairs of sentences.
@@ -166,37 +235,32 @@ def minilm_texts(
       length: longest text in tokens.
       progress: a `report.Progress`.
     """
-    encoder = models.Bert(depth=models.Bert().depth - lower, embed=False)
+    outline = _minilm_outline(lower=lower, length=length)
     tokenize = data.Tokenize(data.minilm_tokenizer(), length)
 
-    features = _of_hidden(encoder)
-
     def read(texts):
-        return minilm.run_lower({"all": tokenize.texts(texts)}, lower)["all"]
+        rows = tokenize.texts(texts)
+        return minilm.run_lower({"all": rows}, lower)["all"] if lower else rows
 
-    def start(key):
-        hidden = jnp.zeros((1, length, encoder.width))
-        return encoder.init(key, hidden)["params"]
-
-    like = jax.eval_shape(start, jax.random.key(0))
-    base = minilm.loaded({"encoder": {"encoder": like}}, lower)["encoder"]["encoder"]
+    like = {"encoder": {"encoder": outline.params}}
+    base = minilm.loaded(like, lower)["encoder"]["encoder"]
     with progress.task("texts through the lower layers"):
         groups = (
             _definitions(read, sizes[0], probe, test),
             _sentiment(read, np.random.default_rng([seed, 3]), sizes[1], probe, test),
         )
-    return Material(
-        name="MiniLM-L6",
-        base=base,
-        features=features,
-        groups=groups,
-    )
+    return outline.material("MiniLM-L6", base, groups)
 
 
 def _definitions(read, count, probe, test):
     """Names find definitions; each is relevant to one query."""
     train_rows = _named(corpora.texts("hpo_branch", "train"), count + probe)
     test_rows = _named(corpora.texts("hpo_branch", "test"), test)
+    if len(train_rows) < count + probe or len(test_rows) < test:
+        raise ValueError(
+            f"minilm: wanted {count + probe} and {test} pairs of a name and its "
+            f"definition, there are {len(train_rows)} and {len(test_rows)}"
+        )
 
     def pairs(rows):
         first, second = (read([row[i] for row in rows]) for i in (0, 1))
@@ -256,3 +320,4 @@ def _rows(split):
 
 
 MATERIALS = {"invented": invented, "minilm": minilm_texts}
+OUTLINES = {"invented": _invented_outline, "minilm": _minilm_outline}

@@ -1,4 +1,4 @@
-"""SmolLM2 steered by tuned copies of its first layers, measured on real texts."""
+"""SmolLM2 steered by tuned copies of a few of its layers, measured on real texts."""
 
 import dataclasses
 from typing import Any
@@ -6,26 +6,69 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from mtl_jax import data, losses, train
+from mtl_jax import data, io, losses, models, train
 from mtl_jax.data import corpora
 from mtl_jax.data.instruct import encode_text
 from mtl_jax.data.packing import Packed
 from mtl_jax.train import causal_lm, optim
-from mtl_jax.zoo import language
+from mtl_jax.zoo import keep, language
 from mtl_jax.zoo.serving import Score, Steered
 
 GENERAL = ("sentiment_movie", "sentiment_news", "sentiment_product")
+_FORMAT = 1  # Part of every address: raise it when training changes its meaning.
 _CHUNK = 32  # Tokens that are fused at once: each has a row of the vocabulary.
 
 
-class Texts:
-    """The large model as it is; small ones are its first layers, tuned.
+def distilled(
+    large: models.Decoder, small: models.Decoder, tx: optax.GradientTransformation
+) -> train.Trainable:
+    """A small decoder that learns to predict what a large one does.
 
-    What is left of the model after its first layers is tuned on sentences of reviews
-    and editorials until it is a language model again, then on each domain. Embeddings
-    stay those of the large model, so that all speak of the same tokens. Every token of
-    the test texts is predicted from the true ones before it.
+    KL(large || small) of the next token, mean over the places of packed rows.
+
+    Args:
+      large: its parameters are "large", and frozen.
+      small: its parameters are "small", without embeddings: those are the large one's.
+      tx: optimizer.
+    """
+
+    def init(key):
+        ids = jnp.zeros((1, 1), jnp.int32)
+        found = {
+            name: module.init(key, ids)["params"]
+            for name, module in (("large", large), ("small", small))
+        }
+        return {**found, "small": _own(found["small"])}
+
+    def loss_fn(params, batch, key):
+        del key
+        inputs = [batch[k] for k in ("input_ids", "segment_ids", "positions")]
+        wanted = large.apply({"params": params["large"]}, *inputs)
+        whole = {**params["small"], "embeddings": params["large"]["embeddings"]}
+        found = small.apply({"params": whole}, *inputs)
+        apart = losses.kl_divergence(jax.lax.stop_gradient(wanted), found)
+        weights = (batch["segment_ids"] > 0).astype(jnp.float32)
+        return losses.weighted_mean(weights * apart, weights), {}
+
+    return train.Trainable(init=init, loss_fn=loss_fn, tx=tx, frozen=("^large/",))
+
+
+def _own(params):
+    """All leaves but the embeddings."""
+    return {name: x for name, x in params.items() if name != "embeddings"}
+
+
+class Texts:
+    """The large model as it is; small ones are some of its layers, tuned.
+
+    The small model learns from what the large one predicts, on sentences of reviews and
+    editorials and on texts of all domains; it never sees what comes next in them. An
+    expert goes on from there with the texts of its domain. Embeddings stay those of the
+    large model, so that all speak of the same tokens. Every token of the test texts is
+    predicted from the true ones before it. What was trained is kept in the package
+    cache.
     """
 
     metric = "perplexity"
@@ -36,33 +79,39 @@ class Texts:
         *,
         seed: int,
         domains: tuple[str, ...],
-        depth: int,
+        layers: tuple[int, ...],
         documents: int,
         row_length: int,
         batch_size: int,
         small_steps: int,
         expert_steps: int,
         rate: float,
+        expert_rate: float,
         test_rows: int,
         mesh: Any,
         progress: Any,
     ):
         self.domains, self.progress = tuple(domains), progress
         self.documents, self.row_length = documents, row_length
-        self.batch_size, self.seed, self.rate, self.mesh = batch_size, seed, rate, mesh
+        self.batch_size, self.seed, self.mesh = batch_size, seed, mesh
         self.large = language.smollm2(progress=progress.log, scan=True)
-        self.name = f"{self.large.name}, its first {depth} layers"
-        self.small = self.large.module.clone(depth=depth)
-        start = {
-            **self.large.params,
-            "layers": jax.tree.map(lambda x: x[:depth], self.large.params["layers"]),
-        }
-        texts = [t for name in GENERAL for t in self._texts(name, "train")]
-        self.params = {"small": self._fit(start, texts, small_steps, "small")}
-        for name in self.domains:
-            self.params[name] = self._fit(
-                self.params["small"], self._texts(name, "train"), expert_steps, name
+        self.name = f"{self.large.name}, {len(layers)} of its layers"
+        self.small = self.large.module.clone(depth=len(layers))
+        self._large = io.digest(self.large.params)
+        picked = np.array(layers)
+        start = jax.tree.map(lambda x: x[picked], self.large.params["layers"])
+        start = {**_own(self.large.params), "layers": start}
+        texts = [t for name in (*GENERAL, *domains) for t in self._texts(name, "train")]
+        small = self._fit("small", start, texts, small_steps, rate, distil=True)
+        found = {
+            name: self._fit(
+                name, small, self._texts(name, "train"), expert_steps, expert_rate
             )
+            for name in self.domains
+        }
+        self.params = {
+            name: self._whole(own) for name, own in {"small": small, **found}.items()
+        }
         with progress.task("logits of the test texts"):
             self.tests = [self._test(name, test_rows) for name in self.domains]
 
@@ -74,24 +123,50 @@ class Texts:
         rows = [encode_text(text, self.large.tokenizer, end=end) for text in texts]
         return Packed(rows, self.row_length, **options)
 
-    def _fit(self, start, texts, steps, name):
+    def _whole(self, own):
+        """A small model, from the leaves that are its own."""
+        return {"embeddings": self.large.params["embeddings"], **own}
+
+    def _fit(self, name, start, texts, steps, rate, *, distil=False):
+        """Leaves of a small model but its embeddings, from others of the kind."""
+        packed = self._packed(texts)
+        question = {
+            "format": _FORMAT,
+            "large": self._large,
+            "start": io.digest(start),
+            "rows": io.digest(data.to_arrays(packed)),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "steps": steps,
+            "rate": rate,
+            "distil": distil,
+        }
         tx = optim.over_steps(
-            steps, {"name": "adam", "peak": self.rate, "warmup": 0.1, "clip_norm": 1.0}
+            steps, {"name": "adam", "peak": rate, "warmup": 0.1, "clip_norm": 1.0}
         )
-        trainable = causal_lm.causal_lm(self.small, start, tx=tx)
-        trainable = dataclasses.replace(trainable, frozen=("^embeddings/",))
-        batches = data.pipeline(
-            self._packed(texts), batch_size=self.batch_size, seed=self.seed
-        )
-        with self.progress.task(f"{name}, {steps} steps", total=steps) as bar:
-            found = train.Trainer(trainable, mesh=self.mesh).fit(
-                batches.__getitem__,
-                steps=steps,
-                seed=self.seed,
-                params=start,
-                progress=bar,
-            )
-        return found.params
+
+        def fit(workdir):
+            del workdir
+            if distil:
+                trainable = distilled(self.large.module, self.small, tx)
+                params = {"large": self.large.params, "small": start}
+            else:
+                params = self._whole(start)
+                trainable = causal_lm.causal_lm(self.small, params, tx=tx)
+                trainable = dataclasses.replace(trainable, frozen=("^embeddings/",))
+            batches = data.pipeline(packed, batch_size=self.batch_size, seed=self.seed)
+            with self.progress.task(f"{name}, {steps} steps", total=steps) as bar:
+                found = train.Trainer(trainable, mesh=self.mesh).fit(
+                    batches.__getitem__,
+                    steps=steps,
+                    seed=self.seed,
+                    params=params,
+                    progress=bar,
+                )
+            own = found.params["small"] if distil else _own(found.params)
+            return own, {"loss": found.history[-1]["loss"]}
+
+        return keep.kept(f"steered-{keep.address(question)}", start, fit)[0]
 
     def _test(self, name, count):
         """Labels [N], and logits [N, V] of every model: tokens that count."""
@@ -100,10 +175,10 @@ class Texts:
         ids, segments = rows["input_ids"], rows["segment_ids"]
         labels, weights = losses.next_tokens(jnp.asarray(ids), jnp.asarray(segments))
         counts = np.asarray(weights) > 0
-        models = {"large": (self.large.module, self.large.params)}
-        models |= {name: (self.small, params) for name, params in self.params.items()}
+        every = {"large": (self.large.module, self.large.params)}
+        every |= {name: (self.small, params) for name, params in self.params.items()}
         logits = {}
-        for key, (module, params) in models.items():
+        for key, (module, params) in every.items():
             apply = jax.jit(module.apply)
             parts = []
             for i in range(0, len(ids), 2):

@@ -1,5 +1,7 @@
 """Families of embedding models, on an encoder of one table."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,10 @@ from mtl_jax.zoo import embedding
 
 pytestmark = pytest.mark.fast
 WORDS, WIDTH = 6, 4
+
+
+def one_device():
+    return train.make_mesh(devices=jax.devices()[:1])
 
 
 def features(params, texts):
@@ -53,8 +59,7 @@ def family(quiet):
         temperature=0.1,
         rate=1e-2,
     )
-    mesh = train.make_mesh(devices=jax.devices()[:1])
-    return embedding.Family(material, settings, mesh, quiet)
+    return embedding.Family(material, settings, one_device(), quiet)
 
 
 def test_pairs_of_one_label_are_not_each_others_negatives():
@@ -81,6 +86,17 @@ def test_experts_see_their_own_pairs_once(family):
     np.testing.assert_allclose(
         [norms[-1, 1] ** 2 for norms in family.norms], np.diag(family.gram), rtol=1e-4
     )
+
+
+def test_what_was_trained_is_not_trained_again(family, quiet, monkeypatch):
+    monkeypatch.setattr(embedding.Family, "_fit", lambda *args: 1 / 0)
+    again = embedding.Family(family.material, family.settings, one_device(), quiet)
+    for x, y in zip(again.experts, family.experts, strict=True):
+        np.testing.assert_array_equal(x["table"], y["table"])
+    np.testing.assert_array_equal(again.norms[0], family.norms[0])
+    other = dataclasses.replace(family.settings, temperature=0.2)
+    with pytest.raises(ZeroDivisionError):
+        embedding.Family(family.material, other, one_device(), quiet)
 
 
 def test_merges_are_measured_like_models(family):
