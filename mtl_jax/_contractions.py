@@ -1,7 +1,8 @@
 """Sums over tasks and products between tasks of one leaf, at the speed of memory.
 
 XLA's CPU backend slices 16-bit floats one by one, integers many at once; it contracts
-two tall arrays fast only where they stay in the cache.
+two tall arrays fast only where they stay in the cache, and on several cores only where
+there are several contractions in one.
 """
 
 from typing import Any
@@ -12,6 +13,8 @@ import jax.numpy as jnp
 _COMBINE_BLOCK = 32  # tasks
 # Elements of a slice, all tasks together, that stay in cache; and least of each task.
 _GRAM_BLOCK, _GRAM_COLUMNS = 57344, 3584
+# Slices at once, and of what their columns are a multiple.
+_GRAM_PARTS, _GRAM_LANES = 4, 16
 
 
 def weighted_sum(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -23,10 +26,11 @@ def weighted_sum(x: jax.Array, w: jax.Array) -> jax.Array:
 
 def products(x: jax.Array, y: jax.Array) -> jax.Array:
     """[T, ...] and [U, ...] -> inner products between tasks [T, U] float32."""
+    pair = (x,) if y is x else (x, y)  # What is read once need not be cut twice.
     # Slicing a flat view would gather a sharded leaf; one device shards nothing.
     if jax.device_count() > 1 or x.size <= _GRAM_BLOCK:
-        return _products(x, y)
-    return jax.lax.platform_dependent(x, y, cpu=_products_blocked, default=_products)
+        return _products(*pair)
+    return jax.lax.platform_dependent(*pair, cpu=_products_blocked, default=_products)
 
 
 def _sum(x: jax.Array, w: jax.Array, dtype: Any = None) -> jax.Array:
@@ -68,48 +72,73 @@ def _sum_bits_jvp(primals, tangents):
     return _sum_bits(x, w), slope
 
 
-def _products(x: jax.Array, y: jax.Array) -> jax.Array:
-    """[T, ...], [U, ...] -> [T, U] in one contraction; no sharded axis is reshaped."""
-    axes = tuple(range(1, x.ndim))
-    dims = ((axes, axes), ((), ()))
+def _products(*pair: jax.Array) -> jax.Array:
+    """One or two [T, ...] -> [T, T] in one contraction; no sharded axis is reshaped."""
+    axes = tuple(range(1, pair[0].ndim))
+    return _contract(pair, ((axes, axes), ((), ())))
+
+
+def _contract(pair: tuple[jax.Array, ...], dims: Any) -> jax.Array:
+    """Of one array with itself, or of two, to float32."""
     return jax.lax.dot_general(
-        x, y, dims, precision="highest", preferred_element_type=jnp.float32
+        pair[0], pair[-1], dims, precision="highest", preferred_element_type=jnp.float32
     )
 
 
 @jax.custom_jvp
-def _products_blocked(x: jax.Array, y: jax.Array) -> jax.Array:
-    """The same by slices of the flat views: fast where memory is cached."""
-    count, length = max(x.shape[0], y.shape[0]), x[0].size
-    block = max(_GRAM_BLOCK // count // 128 * 128, _GRAM_COLUMNS)
-    blocks = length // block
+def _products_blocked(*pair: jax.Array) -> jax.Array:
+    """The same by slices of the flat views, some at once, which stay in cache."""
+    parts, steps, block = _slices(max(len(x) for x in pair), pair[0][0].size)
+    step = parts * block
 
     def view(x):
         x = x.reshape(x.shape[0], -1)
         narrow = x.dtype.itemsize == 2
         return jax.lax.bitcast_convert_type(x, jnp.uint16) if narrow else x
 
-    def of_parts(*parts):
-        floats = (
-            jax.lax.bitcast_convert_type(part, whole.dtype).astype(jnp.float32)
-            for part, whole in zip(parts, (x, y), strict=True)
-        )
-        return _products(*floats)
+    views = [view(x) for x in pair]
 
-    views = view(x), view(y)
+    def floats(cut):
+        """Of every view, what `cut` takes from it, as float32."""
+        cuts = (
+            jax.lax.bitcast_convert_type(cut(v), x.dtype)
+            for v, x in zip(views, pair, strict=True)
+        )
+        return [x.astype(jnp.float32) for x in cuts]
 
     def add(i, total):
-        parts = (
-            jax.lax.dynamic_slice(v, (0, i * block), (v.shape[0], block)) for v in views
+        # One slice of all parts would be copied entry by entry.
+        columns = (
+            floats(
+                lambda v, s=i * step + part * block: jax.lax.dynamic_slice(
+                    v, (0, s), (v.shape[0], block)
+                )
+            )
+            for part in range(parts)
         )
-        return total + of_parts(*parts)
+        stacked = [jnp.stack(x) for x in zip(*columns, strict=True)]
+        return total + _contract(stacked, (((2,), (2,)), ((0,), (0,))))
 
-    rest = of_parts(*(v[:, blocks * block :] for v in views))
-    return jax.lax.fori_loop(0, blocks, add, rest)
+    rest = _products(*floats(lambda v: v[:, steps * step :]))
+    start = jnp.zeros((parts, *rest.shape), rest.dtype)
+    return jnp.sum(jax.lax.fori_loop(0, steps, add, start), 0) + rest
+
+
+def _slices(count: int, length: int) -> tuple[int, int, int]:
+    """(slices at once, how often, columns of each) of arrays [count, length].
+
+    What is left over is shorter than that many lanes.
+    """
+    block = max(_GRAM_BLOCK // count // 128 * 128, _GRAM_COLUMNS)
+    at_once = max(_GRAM_PARTS * _GRAM_BLOCK // (count * block), 1)
+    blocks = max(length // block, 1)
+    steps = -(-blocks // at_once)
+    parts = -(-blocks // steps)
+    return parts, steps, length // (steps * parts) // _GRAM_LANES * _GRAM_LANES
 
 
 @_products_blocked.defjvp
 def _products_blocked_jvp(primals, tangents):
     """Slices of integers have no slope, and slices kept for one would be copies."""
-    (x, y), (dx, dy) = primals, tangents
-    return _products_blocked(x, y), _products(dx, y) + _products(x, dy)
+    (x, *_, y), (dx, *_, dy) = primals * 2, tangents * 2
+    return _products_blocked(*primals), _products(dx, y) + _products(x, dy)

@@ -270,9 +270,13 @@ def combine(tree: Any, weights: Any) -> Any:
 @jax.jit
 def _gram(tree, other):
     def leaf(x, y):
-        if x.dtype != y.dtype or x.dtype not in (jnp.bfloat16, jnp.float16):
+        if y is x:
+            y = x = x if x.dtype.itemsize == 2 else x.astype(jnp.float32)
+        elif x.dtype != y.dtype or x.dtype not in (jnp.bfloat16, jnp.float16):
             x, y = x.astype(jnp.float32), y.astype(jnp.float32)
         return products(x, y)
+
+    other = tree if other is None else other
 
     pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
     found = [leaf(x, y) for x, y in pairs if is_inexact(x)]
@@ -305,6 +309,6 @@ def gram(tree: Any, other: Any = None) -> jax.Array:
     if not any(is_inexact(leaf) for leaf in named.values()):
         raise ValueError("gram: the tree has no floating point leaf")
     if other is None:
-        return _gram(tree, tree)
+        return _gram(tree, None)
     check_match("gram", tree, other, other_name="other")
     return _gram(tree, other)
