@@ -7,9 +7,10 @@ import jax
 import numpy as np
 
 from mtl_jax.checkpoints import _programs, _ranks, _thresholds
+from mtl_jax.checkpoints._draws import Coin, Coins
 from mtl_jax.checkpoints._stream import Chunk, Stream
 from mtl_jax.checkpoints._thresholds import ALL, Cut
-from mtl_jax.checkpoints._work import Work, floats, halves, is_zero
+from mtl_jax.checkpoints._work import Work, floats, is_zero
 
 _TINY = 1e-7  # Norms below it are not matched.
 
@@ -57,25 +58,6 @@ class Band:
                 row = functools.partial(lambda t: bits()[t][: chunk.length], t)
                 found[2 * i : 2 * i + 2, t] = cut.bits, cut.limit(chunk.number, row)
         return {"cuts": found}
-
-
-class Coin:
-    """Selects each entry with the probability of its task."""
-
-    kind, rows = "coin", False
-
-    def __init__(self, work: Work):
-        density = work.weights("density")
-        edges = np.floor(np.clip(density, 0, 1) * 2.0**32)
-        self._args = {
-            "keys": work.keys(),
-            "edges": np.minimum(edges, ALL).astype(np.uint32),
-            "always": density >= 1,
-        }
-
-    def args(self, chunk: Chunk) -> dict[str, Any]:
-        """Keys, edges, and where the chunk starts."""
-        return {**self._args, "start": halves(chunk.start)}
 
 
 def top_counts(options: dict[str, Any], sizes: list[int]) -> list[list[int]]:
@@ -129,7 +111,7 @@ def _selection(work: Work) -> Any:
     if min(options.get("density", (1.0,))) >= 1:
         return Everything()
     if name.startswith("dare"):
-        return Coin(work)
+        return Coins(work) if rescale_of(options) == "l1" else Coin(work)
     if name.startswith("della"):
         if rescale_of(options) == "probability":
             return _ranks.Chances(work)

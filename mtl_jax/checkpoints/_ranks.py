@@ -5,8 +5,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from mtl_jax.checkpoints import _programs
-from mtl_jax.checkpoints._stream import KEPT, Chunk
+from mtl_jax.checkpoints import _draw_programs, _programs
+from mtl_jax.checkpoints._draws import Drawn
+from mtl_jax.checkpoints._stream import Chunk
 from mtl_jax.checkpoints._work import Work, halves
 
 
@@ -33,33 +34,20 @@ class _Rows:
         self._buffers = work.buffers
 
 
-class Ranks(_Rows):
+class Ranks(_Rows, Drawn):
     """Draws against order statistics: an entry is kept if it is not below a random one.
 
     The row is sorted, but no entry looks for its own rank. Equals share the mean of
-    their ranks. What was drawn is kept for later passes, one bit per entry and task,
-    unless the tensor is too large for that.
+    their ranks.
     """
 
-    kind = "mask"
-
     def __init__(self, work: Work):
-        super().__init__(work)
+        _Rows.__init__(self, work)
+        Drawn.__init__(self, work)
         _, padded = work.stream.bounds(rows=True)
         index = np.arange(padded, dtype=np.int32)
         first = index // self._length * self._length
         self._places = np.stack([first, np.full_like(first, self._length - 1)])
-        self._keeps = work.stream.size * -(-work.count // 8) <= KEPT
-        self._masks: dict[int, np.ndarray] = {}
-
-    def args(self, chunk: Chunk) -> dict[str, Any]:
-        """The mask of what was drawn."""
-        mask = self._masks.get(chunk.number)
-        if mask is None:
-            mask = np.asarray(self._draw(chunk))
-            if self._keeps:
-                self._masks[chunk.number] = mask
-        return {"mask": mask}
 
     def _draw(self, chunk: Chunk) -> jax.Array:
         values = _programs.magnitudes(chunk.data)
@@ -69,8 +57,8 @@ class Ranks(_Rows):
         for lane in order:
             lane[: chunk.length].reshape(-1, self._length).sort(axis=-1)
         drawn = (self._keys, halves(chunk.start), self._chance, self._places)
-        edges = _programs.look_up(*_programs.rank_places(order, *drawn))
-        return _programs.rank_mask(values, edges, *drawn)
+        edges = _draw_programs.look_up(*_draw_programs.rank_places(order, *drawn))
+        return _draw_programs.rank_mask(values, edges, *drawn)
 
 
 class Chances(_Rows):

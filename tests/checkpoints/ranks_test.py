@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from mtl_jax.checkpoints import _draws, rules
 from mtl_jax.checkpoints import _ranks as ranks
-from mtl_jax.checkpoints import rules
 from mtl_jax.checkpoints._stream import Buffers
 from mtl_jax.checkpoints._work import Work
 from mtl_jax.checkpoints.source import ArrayView, TensorSpec
@@ -66,7 +66,7 @@ def test_draws_do_not_depend_on_chunks_nor_on_memory(monkeypatch):
     row = [3.0, -1.0, 0.5, 7.0, -8.0, 0.1, 2.0, 4.0]
     whole = drawn(row, density=0.5)
     assert (whole == drawn(row, density=0.5, chunk=1000)).all()
-    monkeypatch.setattr(ranks, "KEPT", 0)
+    monkeypatch.setattr(_draws, "KEPT", 0)
     assert (whole == drawn(row, density=0.5)).all()
 
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from mtl_jax.checkpoints import _programs as programs
+from mtl_jax.checkpoints import _draw_programs as programs
 
 LENGTH = 1 << 16
 draw = jax.jit(programs.random_bits, static_argnums=2)
