@@ -102,6 +102,9 @@ def _plain(problem: Problem, loss_fn: Any, tx: Any, **options: Any) -> train.Tra
 def scalarised(weights: Sequence[float], name: str = "") -> Method:
     """Minimises a fixed weighted sum of the losses; one backward pass.
 
+    Where rows belong to tasks, microbatches weigh each task by the rows that they have
+    of it, so that their mean is the gradient of the whole batch.
+
     Args:
       weights: one per task.
       name: the weights by default.
@@ -111,6 +114,12 @@ def scalarised(weights: Sequence[float], name: str = "") -> Method:
         if len(weights) != len(problem.targets):
             raise ValueError(
                 f"scalarised: {len(weights)} weights for {len(problem.targets)} tasks"
+            )
+        if problem.own_rows:
+            fixed = aggregation.constant(weights)
+            names = problem.task_names
+            return _plain(
+                problem, problem.loss_fn, tx, aggregator=fixed, task_names=names
             )
 
         def loss_fn(params, batch, key):

@@ -214,7 +214,8 @@ class PerTaskGradients:
     def _from_halves(self, state: TrainState, batch: Any, key: chex.PRNGKey) -> Found:
         """Forms task gradients of two halves of the batch, whose products are unbiased.
 
-        The update combines their averages, the task gradients of the whole batch.
+        The update combines their averages, the task gradients of the whole batch. A
+        task with rows in one half only has no product of two, so zeros stand in.
         """
         parts = self.accumulate * (1 + self.accumulate % 2)
         self._check_parts("the aggregator needs cross_gram", batch, parts)
@@ -229,13 +230,18 @@ class PerTaskGradients:
         with jax.named_scope("aggregate"):
             # A half holds its share of each task's rows, not one half of them.
             cross = aggregation.cross_gram(first[1][0], second[1][0])
-            a, b = (1 / jnp.where(x[0][1] > 0, x[0][1], 1) for x in (first, second))
+            held = first[0][1], second[0][1]
+            a, b = (1 / jnp.where(share > 0, share, 1) for share in held)
             cross = cross * a.reshape(-1, 1) * b.reshape(1, -1)
             gram = mtl_tree.gram(rows)
             extra = self.losses.known(values[0], batch) | {"cross_gram": cross}
             weights, new = self._weigh(gram, state.opt_state.aggregator, extra)
             update = mtl_tree.combine(rows, weights)
-        return self._found(values, merge(update, rest), new, gram, weights)
+        found = self._found(values, merge(update, rest), new, gram, weights)
+        if self.trainable.task_counts is None:
+            return found
+        alone = jnp.sum((held[0] == 0) | (held[1] == 0)).astype(jnp.float32)
+        return found._replace(metrics=found.metrics | {"tasks_in_one_half": alone})
 
     def _check_parts(self, why: str, batch: Any, parts: int) -> None:
         """Refuses a batch that does not fall into so many parts."""

@@ -55,13 +55,14 @@ class Trainable:
         `aggregation.flat_mtl`. "bilevel": by a `bilevel.as_aggregator`; one half of the
         batch moves the model, the other the weights of its tasks; for all leaves, so it
         takes no `shared`. Methods that need `cross_gram` get it from two halves of the
-        batch, with "map", "vmap" or "auto".
+        batch, with "map", "vmap" or "auto"; a task that `task_counts` finds in one half
+        only has zeros there, and the metric `tasks_in_one_half` counts such tasks.
       radii: of `grads="flat"`: for the shared leaves, and for a task's own.
       task_names: names for the metrics; the numbers from 0 by default.
       task_counts: `task_counts(batch) -> [T]`, how many rows of a batch belong to each
         task, where a task's loss is the mean over its own rows. It makes accumulation
         over microbatches of uneven counts exact, and tells weightings which tasks a
-        batch lacks; None where every row belongs to every task.
+        batch lacks; None where every row belongs to every task, and so none is absent.
       task_blocks: promises that the rows of a batch are T equal blocks, those of task t
         in block t, and that the loss of a task is a mean over its own block, whatever
         the others hold. "map" and "auto" then form all task gradients for the price of

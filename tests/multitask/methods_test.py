@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from mtl_jax import aggregation, multitask, weighting
+from mtl_jax import aggregation, multitask, train, weighting
 
 
 def test_simplex_covers_what_it_says():
@@ -27,6 +27,20 @@ def test_fixed_weights_are_a_weighted_sum(problem):
     np.testing.assert_allclose(found, 2 * each[0] + 0.5 * each[2], rtol=1e-6)
     with pytest.raises(ValueError, match="2 weights for 3 tasks"):
         multitask.scalarised((1.0, 1.0)).make(problem, optax.sgd(1.0))
+
+
+def test_fixed_weights_of_own_rows_are_exact_in_microbatches(own_rows_problem):
+    made = multitask.scalarised((1.0, 2.0)).make(own_rows_problem, optax.sgd(0.1))
+    batch = {name: x[:8] for name, x in own_rows_problem.splits["train"].items()}
+    mesh = train.make_mesh(devices=jax.devices()[:1])
+    whole, parts = (
+        train.Trainer(made, mesh=mesh, accumulate=n).fit(lambda step: batch, steps=2)
+        for n in (1, 4)
+    )
+    for a, b in zip(
+        jax.tree.leaves(whole.params), jax.tree.leaves(parts.params), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 def test_rows_and_contests_that_make_no_sense():
@@ -77,8 +91,8 @@ def test_only_tasks_with_rows_of_their_own_are_counted(problem, own_rows_problem
     rows = own_rows_problem.splits["train"]
     counts = made.task_counts({name: x[:10] for name, x in rows.items()})
     np.testing.assert_array_equal(counts, [8, 2])
-    plain = multitask.scalarised((1.0, 1.0)).make(own_rows_problem, optax.sgd(1.0))
-    assert plain.task_counts is None
+    plain = multitask.scalarised((1.0, 1.0, 1.0)).make(problem, optax.sgd(1.0))
+    assert plain.task_counts is None and plain.aggregator is None
 
 
 def test_two_batches_are_part_of_the_address():

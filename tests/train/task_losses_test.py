@@ -317,6 +317,19 @@ def test_two_halves_of_a_batch_give_an_unbiased_gramian(fit, make, accumulate):
         }
     close(found.params, params, atol=1e-5)
     assert "conflict_rate" in found.history[0]
+    # The only row of task 2, and in the next step no row at all.
+    alone = [record["tasks_in_one_half"] for record in found.history]
+    assert alone[:2] == [1, 0]
+
+
+def test_a_loss_of_zero_is_no_absence_where_every_row_belongs_to_every_task(fit):
+    def learned_task(params, batch, key):
+        losses, metrics = loss_fn(params, batch, key)
+        return losses.at[0].multiply(0), metrics
+
+    rule = weighting.as_aggregator(weighting.mean(), T)
+    found = fit(trainable(rule, loss_fn=learned_task), 1)
+    assert found.history[0]["weight_1"] == pytest.approx(1 / T)
 
 
 def test_halves_want_two_rows(fit):
