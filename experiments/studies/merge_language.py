@@ -6,10 +6,9 @@ SmolLM2-135M-Instruct, an adapter of rank 8 on all projections for each of four
 domains of text (`lm_demo.py:demo`); a seed trains new ones. Elementwise rules merge the
 products of the factors, [in, out]; sums and rules of singular vectors merge what the
 factors span, see `merging.lora_span` (WUDI by its exact solver: steps of Adam depend on
-the axes). A rule's strength is chosen on validation texts
-by climbing on its grid until both neighbours are worse, from the middle or from what
-another seed chose. *Normalised* is the part of its own expert's gain over the base that
-a domain keeps.
+the axes). A rule's strength is chosen on validation texts by climbing on its grid until
+both neighbours are worse, from the middle or from what another seed chose. *Normalised*
+is the part of its own expert's gain over the base that a domain keeps.
 
 Adapters are kept in WORKDIR; every row is written to OUT/merge_rules-smollm2.json as
 soon as it is there, and rows that are there are not run again.
