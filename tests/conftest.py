@@ -48,7 +48,6 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 # of what the CPU compiler does to make them fast is left out. The flags are read when
 # its devices are made; libtpu, which does not know them, must not see them later.
 _flags = os.environ.get("XLA_FLAGS")
-_emitters = "--xla_cpu_use_fusion_emitters=false"  # Unknown to later versions.
 # An unknown flag ends the process: later versions have no other emitters.
 _older = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
 os.environ["XLA_FLAGS"] = " ".join(
