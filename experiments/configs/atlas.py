@@ -29,10 +29,10 @@ def get_config(variant: str = "demo") -> ConfigDict:
     }[variant]()
     size = {
         "demo": {
-            "steps": 60,
+            "steps": 40,
             "batch_size": 8,
             "shots": (8,),
-            "few_steps": 20,
+            "few_steps": 12,
             "adapt_steps": 0,
             "negate_steps": 0,
             "budgets": (),
