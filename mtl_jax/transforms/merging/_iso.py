@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from mtl_jax._checks import share
 from mtl_jax.transforms.merging import _compose, _spectral
+from mtl_jax.transforms.merging._spectral import matmul, transpose
 
 
 def iso_c(
@@ -137,11 +139,57 @@ def _common_and_own(x, common, svd, polar):
     own = min(round((k - share("iso_cts", "common", common, k)) / count), k // count)
     total = x.sum(0)
     u, s, vt = _spectral.svd(total, k - own * count, svd)
+    if svd != "svd":
+        u = transpose(_spectral.orthonormal_rows(transpose(u)))
+        vt = _spectral.orthonormal_rows(vt)
+    flat = matmul(u, vt)
     if own:
-        beside = x - _spectral.matmul(u, _spectral.matmul(_spectral.transpose(u), x))
-        u_own, s_own, vt_own = _spectral.svd(beside, own, svd)
-        u = jnp.concatenate([*u_own, u], -1)
+        u_own, s_own, vt_own = _own(x, u, s, own, svd)
+        left = _spectral.polar(jnp.concatenate(list(u_own), -1), polar)
+        flat = flat + _beside(u, vt, left, jnp.concatenate(list(vt_own), -2), polar)
         s = jnp.concatenate([*s_own, s], -1)
-        vt = jnp.concatenate([*vt_own, vt], -2)
-    flat = _spectral.matmul(_spectral.polar(u, polar), _spectral.polar(vt, polar))
     return s.mean(-1)[..., None, None] * flat
+
+
+def _own(x, u, s, rank, method):
+    """Leading triplets of (I - u u^T) x_t.
+
+    Where the columns of u are all there, they are sought in the complement of so few
+    directions that a sketch is not needed.
+    """
+    within = matmul(u, transpose(u))
+    away = _spectral.identity(within) - within
+    # Twice, since u is orthonormal to about m eps only.
+    away = matmul(away, away)
+
+    def all_of_it():
+        u_own, s_own, vt_own = _spectral.svd(matmul(away, x), rank, method)
+        # Of rounding alone, they might lie anywhere.
+        return matmul(away, u_own), s_own, vt_own
+
+    def complement():
+        start = jax.random.normal(jax.random.key(0), (u.shape[-2], rest), x.dtype)
+        rows = _spectral.orthonormal_rows(transpose(matmul(away, start)))
+        # Again, as in what was small there is rounding of u.
+        rows = _spectral.orthonormal_rows(matmul(rows, away))
+        quick = "gram" if method == "sketch" else method
+        small, s_own, vt_own = _spectral.svd(matmul(rows, x), rank, quick)
+        return matmul(transpose(rows), small), s_own, vt_own
+
+    rest = u.shape[-2] - u.shape[-1]
+    if rest < rank or 2 * rest > min(x.shape[-2:]):
+        return all_of_it()
+    return jax.lax.cond((s[..., -1] > 0).all(), complement, all_of_it)
+
+
+def _beside(u, vt, left, right, polar):
+    """P([left u]) P([right v])^T - u v^T, where u, v and left are orthonormal.
+
+    Left is orthogonal to u. Directions of v orthogonal to `right` stay as they are: the
+    rest, v q, are no more than there are rows of `right`, and so is the problem.
+    """
+    q = jnp.linalg.qr(matmul(vt, transpose(right)))[0]
+    shared = matmul(transpose(q), vt)
+    both = _spectral.polar(jnp.concatenate([right, shared], -2), polar)
+    own, rest = jnp.split(both, [right.shape[-2]], -2)
+    return matmul(left, own) + matmul(matmul(u, q), rest - shared)

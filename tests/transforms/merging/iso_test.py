@@ -25,7 +25,8 @@ def common_and_own(taus, fraction):
     own = min(round((k - int(k * fraction + 1e-9)) / T), k // T)
     u, s, vt = np.linalg.svd(taus.sum(0), full_matrices=False)
     c = k - own * T
-    us, ss, vts = [u[:, :c]], [s[:c]], [vt[:c]]
+    real = s[:c] > 1e-6 * max(s[0], 1e-30)
+    us, ss, vts = [u[:, :c] * real], [s[:c] * real], [vt[:c] * real[:, None]]
     for tau in taus:
         ut, st, vtt = np.linalg.svd(tau - us[0] @ us[0].T @ tau, full_matrices=False)
         us.append(ut[:, :own])
@@ -80,6 +81,25 @@ def test_iso_cts_with_the_fast_methods():
     options = {"common": 0.5, "layout": "out_in"}
     want = common_and_own(x, 0.5)
     close(run("iso_cts", x, svd="gram", polar="newton", **options), want, 4e-3)
+
+
+@pytest.mark.parametrize("svd", ["svd", "gram", "sketch"])
+def test_iso_cts_beside_a_strong_common_part(svd):
+    x = draw(13, 2, (64, 64))
+    u, _, vt = np.linalg.svd(x[0])
+    x += 1e3 * u[:, :48] @ vt[:48]
+    got = run("iso_cts", x, common=0.75, layout="out_in", svd=svd)
+    close(got, common_and_own(x, 0.75), 5e-3)
+
+
+@pytest.mark.parametrize("svd", ["svd", "sketch"])
+def test_iso_cts_of_a_sum_of_low_rank(svd):
+    """What tasks have in directions in which the sum is zero is their own."""
+    x = draw(12, 2, (9, 9))
+    x[1] = -x[0]
+    x[1, :2] += 1
+    got = run("iso_cts", x, common=0.6, layout="out_in", svd=svd)
+    close(got, common_and_own(x, 0.6), 1e-3)
 
 
 def test_all_common_is_iso_c():
