@@ -41,8 +41,9 @@ def get_config(variant: str = "demo") -> ConfigDict:
         return _llama3_8b(variant)
     tiny = variant == "tiny"
     small = {"width": 32, "depth": 2, "num_heads": 2, "num_kv_heads": 1, "mlp_dim": 48}
-    # Recomputed, layers in 4 bits are decoded one at a time.
-    options = {**(small if tiny else {}), "scan": True, "remat": variant == "nf4"}
+    # Recomputed whole, layers in 4 bits are decoded one at a time.
+    remat = True if variant == "nf4" else "products"
+    options = {**(small if tiny else {}), "scan": True, "remat": remat}
     return ConfigDict(
         {
             "experiment": "language",

@@ -1,8 +1,11 @@
 """Losses of language models: one value per token, never all logits at once."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 
 from mtl_jax import placement, tree
@@ -19,8 +22,10 @@ def token_cross_entropy(
 ) -> chex.Array:
     """`-w log softmax(hidden kernel)[label]` of every token.
 
-    The logits of `chunk` positions exist at a time, [B, chunk, V] float32; the
-    backward pass makes them again.
+    The logits of `chunk` positions exist at a time, [B, chunk, V] float32. Where only
+    `hidden` is differentiated, as under a frozen head, its gradient is made beside the
+    losses: [B, L, D] is kept, and the backward pass multiplies nothing by the kernel.
+    Where the kernel is differentiated too, the backward pass makes the logits again.
 
     Args:
       hidden: [B, L, D], what the head takes (`head=False` of `models.Decoder`).
@@ -59,10 +64,9 @@ def token_cross_entropy(
 
     copies = _copies(kernel.astype(hidden.dtype), parts)
 
-    @jax.checkpoint
     def one(part):
         hidden, labels = part
-        return _cross_entropy(hidden, labels, copies, softcap)
+        return _cross_entropy(softcap, hidden, labels, copies)
 
     losses = jax.lax.map(one, (cut(hidden), cut(labels)))
     losses = jnp.moveaxis(losses, 0, 2).reshape(batch, chunks * chunk)[:, :length]
@@ -176,23 +180,95 @@ def _copies(kernel, parts):
     return copies.astype(tree.wide_dtype(kernel.dtype))
 
 
-def _cross_entropy(hidden, labels, kernel, softcap):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _cross_entropy(softcap, hidden, labels, kernel):
     """[N, b, c, D], [N, b, c], [N, D, V] -> [N, b, c]."""
+    return _plain(softcap, hidden, labels, kernel)
+
+
+def _differentiate(softcap, primals, tangents):
+    hidden, labels, kernel = primals
+    along_hidden, _, along_kernel = tangents
+    if isinstance(along_kernel, SymbolicZero):
+        loss, slope = _with_slope(softcap, hidden, labels, kernel)
+        wide = (slope.astype(loss.dtype), along_hidden.astype(loss.dtype))
+        return loss, jnp.sum(wide[0] * wide[1], axis=-1)
+    if isinstance(along_hidden, SymbolicZero):
+        along_hidden = jnp.zeros_like(hidden)
+
+    @jax.checkpoint
+    def plain(hidden, kernel):
+        return _plain(softcap, hidden, labels, kernel)
+
+    return jax.jvp(plain, (hidden, kernel), (along_hidden, along_kernel))
+
+
+_cross_entropy.defjvp(_differentiate, symbolic_zeros=True)
+
+
+def _plain(softcap, hidden, labels, kernel):
+    logits, _ = _logits(softcap, hidden, kernel)
+    loss = jax.nn.logsumexp(logits, axis=-1) - _summed(logits, labels)
+    return jnp.where(_known(labels, logits), loss, jnp.inf)
+
+
+@functools.partial(jax.checkpoint, static_argnums=0)
+def _with_slope(softcap, hidden, labels, kernel):
+    """The losses, and their gradients [N, b, c, D] by `hidden`, in its dtype."""
+    logits, bent = _logits(softcap, hidden, kernel)
+    hit, known = _hits(labels, logits), _known(labels, logits)
+    total = jax.nn.logsumexp(logits, axis=-1)
+    own = jax.lax.platform_dependent(logits, labels, cpu=_gathered, default=_summed)
+    loss = total - own
+    slope = jnp.exp(logits - total[..., None]) - hit.astype(logits.dtype)
+    if softcap is not None:
+        slope = slope * (1 - bent**2)
+    slope = jnp.einsum(
+        "nblv,ndv->nbld",
+        slope.astype(hidden.dtype),
+        kernel.astype(hidden.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    slope = jnp.where(known[..., None], slope, 0)
+    return jnp.where(known, loss, jnp.inf), slope.astype(hidden.dtype)
+
+
+def _logits(softcap, hidden, kernel):
+    """[N, b, c, V] float32, and the tanh in them or None."""
     logits = jnp.einsum(
         "nbld,ndv->nblv",
         hidden,
         kernel.astype(hidden.dtype),
         preferred_element_type=jnp.float32,
     )
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
-    words = jax.lax.broadcasted_iota(labels.dtype, logits.shape, 3)
-    hit = words == labels[..., None]
-    loss = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(
-        jnp.where(hit, logits, 0), axis=-1
-    )
-    known = (labels >= 0) & (labels < logits.shape[-1])
-    return jnp.where(known, loss, jnp.inf)
+    if softcap is None:
+        return logits, None
+    bent = jnp.tanh(logits / softcap)
+    return softcap * bent, bent
+
+
+def _summed(logits, labels):
+    """Logits of the labels, as XLA fuses it and splits it over the vocabulary."""
+    nothing = (0 * labels[..., None]).astype(logits.dtype)
+    return jnp.sum(jnp.where(_hits(labels, logits), logits, nothing), axis=-1)
+
+
+def _gathered(logits, labels):
+    """The same without another pass; its transpose would be a scatter."""
+    places = jnp.clip(labels, 0, logits.shape[-1] - 1)[..., None]
+    return jnp.take_along_axis(logits, places, axis=-1)[..., 0]
+
+
+def _hits(labels, logits):
+    # What depends on no chunk, JAX takes out of the loop: here, like the zeros above,
+    # an array as large as the logits.
+    words = jnp.arange(logits.shape[-1], dtype=labels.dtype)
+    words, labels = jax.lax.optimization_barrier((words, labels))
+    return words[None, None, None] == labels[..., None]
+
+
+def _known(labels, logits):
+    return (labels >= 0) & (labels < logits.shape[-1])
 
 
 def _check(hidden, kernel, labels, weights):

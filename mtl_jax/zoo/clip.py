@@ -24,7 +24,7 @@ def clip(
     class_embeddings: str = "",
     dtype: str = "bfloat16",
     scan: bool = True,
-    remat: bool = True,
+    remat: bool | str = True,
 ) -> Encoder:
     """The image tower of CLIP; class embeddings of its text tower are the heads.
 
@@ -36,7 +36,7 @@ def clip(
         task, such as `text_heads` makes.
       dtype: compute dtype; weights stay float32.
       scan: one compiled block for all layers.
-      remat: recompute activations in the backward pass.
+      remat: of both towers; see `layers.rematerialised`.
 
     Raises:
       ValueError: for an unknown model, or weights that do not fit it.

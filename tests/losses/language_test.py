@@ -76,6 +76,56 @@ def sizes(jaxpr):
                 yield from sizes(inner)
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_a_frozen_head_gives_the_same_gradient_and_slope(softcap):
+    def total(hidden, kernel=KERNEL, chunk=3, labels=LABELS):
+        options = {"chunk": chunk, "softcap": softcap}
+        found = losses.token_cross_entropy(hidden, kernel, labels, WEIGHTS, **options)
+        return jnp.sum(found)
+
+    want, _ = jax.jit(jax.grad(total, (0, 1)))(HIDDEN, KERNEL)
+    got = jax.jit(jax.grad(total))(HIDDEN)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    eps, along = 1e-5, np.cos(HIDDEN)
+    ends = [
+        naive(
+            HIDDEN + sign * eps * along.astype(float), KERNEL, LABELS, WEIGHTS, softcap
+        ).sum()
+        for sign in (1, -1)
+    ]
+    _, slope = jax.jit(lambda: jax.jvp(total, (HIDDEN,), (along,)))()
+    np.testing.assert_allclose(slope, (ends[0] - ends[1]) / (2 * eps), rtol=1e-4)
+    # Of second order, and of many at once.
+    twice = jax.jit(jax.grad(lambda h: jnp.sum(jax.grad(total)(h) * along)))(HIDDEN)
+    both = jax.jit(
+        jax.grad(lambda h: jnp.sum(jax.grad(total, (0, 1))(h, KERNEL)[0] * along))
+    )(HIDDEN)
+    np.testing.assert_allclose(twice, both, atol=1e-5)
+    many = jax.jit(jax.vmap(jax.grad(total)))(np.stack([HIDDEN, 2 * HIDDEN]))
+    np.testing.assert_allclose(many[0], want, atol=1e-6)
+    # A label that is none costs infinity and pulls nowhere.
+    labels = LABELS.copy()
+    labels[0, 0] = 11
+    value, pull = jax.jit(jax.value_and_grad(lambda h: total(h, labels=labels)))(HIDDEN)
+    assert np.isinf(value)
+    np.testing.assert_array_equal(pull[0, 0], 0)
+    np.testing.assert_allclose(pull[1], want[1], atol=1e-6)
+
+
+def test_a_frozen_head_is_multiplied_twice_a_step_and_a_trained_one_four_times():
+    def text(argnums):
+        def total(hidden, kernel):
+            return jnp.sum(losses.token_cross_entropy(hidden, kernel, LABELS, chunk=7))
+
+        program = jax.make_jaxpr(jax.value_and_grad(total, argnums))(HIDDEN, KERNEL)
+        return str(program)
+
+    assert text((0, 1)).count("dot_general[") == 4
+    assert text(0).count("dot_general[") == 2
+    # The second product is of the forward pass: nothing of the vocabulary is kept.
+    assert "remat" not in text(0)
+
+
 def test_all_logits_never_exist_even_in_the_backward_pass():
     vocabulary = 1000
 
@@ -91,9 +141,10 @@ def test_all_logits_never_exist_even_in_the_backward_pass():
         jax.ShapeDtypeStruct((4, vocabulary), jnp.float32),
     )
     for chunk, most in ((8, 2 * 8 * vocabulary), (64, 2 * 64 * vocabulary)):
-        gradient = jax.grad(functools.partial(loss, chunk=chunk), (0, 1))
-        program = jax.make_jaxpr(gradient)(*shapes)
-        assert max(sizes(program.jaxpr)) == most
+        for argnums in (0, (0, 1)):
+            gradient = jax.grad(functools.partial(loss, chunk=chunk), argnums)
+            program = jax.make_jaxpr(gradient)(*shapes)
+            assert max(sizes(program.jaxpr)) == most
 
 
 @pytest.mark.fast

@@ -110,7 +110,8 @@ class Bert(nn.Module):
       dropout: rate after the embeddings and on both residual branches; needs an rng
         named "dropout" when `deterministic=False`.
       scan: one scanned block, parameters stacked under `layers`.
-      remat: recompute each block's activations in the backward pass.
+      remat: True recomputes each block in the backward pass, "products" all of it
+        but its large products; see `layers.rematerialised`.
       embed: False for the upper blocks of an encoder alone, which read the hidden
         states [B, L, D] that the lower ones put out in the place of `input_ids`.
       dtype: compute dtype; None follows the parameters.
@@ -134,7 +135,7 @@ class Bert(nn.Module):
     norm_eps: float = 1e-12
     dropout: float = 0.0
     scan: bool = False
-    remat: bool = False
+    remat: bool | str = False
     embed: bool = True
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32

@@ -102,7 +102,8 @@ class Decoder(nn.Module):
       experts: see `layers.apply_experts`.
       attention: "einsum", "blocked" or "fused"; see `layers.CausalSelfAttention`.
       scan: one scanned block, parameters stacked under `layers`.
-      remat: recompute each block's activations in the backward pass.
+      remat: True recomputes each block in the backward pass, "products" all of it
+        but its large products; see `layers.rematerialised`.
       dtype: compute dtype; None follows the parameters. Softmax, norms and logits
         are float32 in any case.
       param_dtype: dtype of the parameters.
@@ -148,7 +149,7 @@ class Decoder(nn.Module):
     experts: str | None = None
     attention: str = "einsum"
     scan: bool = False
-    remat: bool = False
+    remat: bool | str = False
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
 

@@ -118,7 +118,8 @@ class EncoderDecoder(nn.Module):
       head_bias: give the head a bias.
       attention: "einsum", "blocked" or "fused"; see `layers.CausalSelfAttention`.
       scan: one scanned block per side, parameters stacked under `layers`.
-      remat: recompute each block's activations in the backward pass.
+      remat: True recomputes each block in the backward pass, "products" all of it
+        but its large products; see `layers.rematerialised`.
       dtype: compute dtype; None follows the parameters. Softmax, norms and logits
         are float32 in any case.
       param_dtype: dtype of the parameters.
@@ -158,7 +159,7 @@ class EncoderDecoder(nn.Module):
     head_bias: bool = False
     attention: str = "einsum"
     scan: bool = False
-    remat: bool = False
+    remat: bool | str = False
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
 

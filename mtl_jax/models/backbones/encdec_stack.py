@@ -51,7 +51,7 @@ class EncDecStack(nn.Module):
     position_offset: int
     keep_mask: bool
     scan: bool
-    remat: bool
+    remat: bool | str
     param_dtype: DTypeLike
 
     @nn.compact

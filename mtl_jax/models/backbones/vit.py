@@ -72,7 +72,8 @@ class ViT(nn.Module):
       dropout: rate on both residual branches; needs an rng named "dropout" when
         `deterministic=False`.
       scan: one scanned block, parameters stacked under `layers`.
-      remat: recompute each block's activations in the backward pass.
+      remat: True recomputes each block in the backward pass, "products" all of it
+        but its large products; see `layers.rematerialised`.
       dtype: compute dtype; None follows the parameters.
       param_dtype: dtype of the parameters.
 
@@ -95,7 +96,7 @@ class ViT(nn.Module):
     norm_eps: float = 1e-6
     dropout: float = 0.0
     scan: bool = False
-    remat: bool = False
+    remat: bool | str = False
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
 

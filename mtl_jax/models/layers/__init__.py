@@ -25,6 +25,7 @@ from mtl_jax.models.layers.feed_forward import (
 from mtl_jax.models.layers.moe import MixtureOfExperts, apply_experts
 from mtl_jax.models.layers.norm import LayerNorm, RmsNorm
 from mtl_jax.models.layers.relative_bias import RelativeBias, distance_buckets
+from mtl_jax.models.layers.remat import keep_product, rematerialised
 from mtl_jax.models.layers.rotary import rotary_frequencies
 from mtl_jax.models.layers.sharding import BLOCK_RULES
 from mtl_jax.models.layers.stack import (
@@ -54,9 +55,11 @@ __all__ = [
     "distance_buckets",
     "grouped_attend",
     "init_cache",
+    "keep_product",
     "look_around",
     "mask_bias",
     "quick_gelu",
+    "rematerialised",
     "reorder_cache",
     "restarts",
     "rotary_frequencies",

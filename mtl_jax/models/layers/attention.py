@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from mtl_jax.models.layers.remat import keep_product
+
 # Absorbs any finite logit in float32, yet a row of nothing but masked keys stays
 # finite (it attends uniformly) where -inf would give NaN.
 _MASKED = -1e30
@@ -106,16 +108,18 @@ class SelfAttention(nn.Module):
             )
 
         def project(name, y):
-            return nn.Dense(
+            dense = nn.Dense(
                 width,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
                 kernel_init=self.kernel_init,
                 name=name,
-            )(y)
+            )
+            return keep_product(dense(y))
 
         heads = (*x.shape[:2], self.num_heads, width // self.num_heads)
         query, key, value = (
             project(name, x).reshape(heads) for name in ("query", "key", "value")
         )
-        return project("out", attend(query, key, value, bias).reshape(x.shape))
+        heads = attend(query, key, value, bias).reshape(x.shape)
+        return project("out", keep_product(heads))

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from mtl_jax.models.layers.cache import LayerCache, read_cache, write_cache
 from mtl_jax.models.layers.norm import RmsNorm
 from mtl_jax.models.layers.prefix import in_front
+from mtl_jax.models.layers.remat import keep_product
 from mtl_jax.models.layers.rotary import rotate
 
 ATTENTIONS = ("einsum", "blocked", "fused")
@@ -262,9 +263,8 @@ class ProjectedAttention(nn.Module):
     def _project(self, heads, shape):
         """[B, L, D] of `shape` from what the heads put out."""
         heads = Heads(name="heads")(heads.reshape(*shape[:2], *heads.shape[2:]))
-        return self._dense(
-            "out", heads.reshape(*shape[:2], -1), shape[-1], self.out_bias
-        )
+        heads = keep_product(heads.reshape(*shape[:2], -1))
+        return self._dense("out", heads, shape[-1], self.out_bias)
 
     def _norm(self, name):
         return RmsNorm(
@@ -276,14 +276,15 @@ class ProjectedAttention(nn.Module):
         )
 
     def _dense(self, name, x, width, bias):
-        return nn.Dense(
+        dense = nn.Dense(
             width,
             use_bias=bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             kernel_init=_INIT,
             name=name,
-        )(x)
+        )
+        return keep_product(dense(x))
 
     def _attend(self, query, key, value, context, window):
         """[B, L, H, d], by the chosen implementation."""

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from mtl_jax.models.layers.remat import keep_product
+
 
 def quick_gelu(x: chex.Array) -> chex.Array:
     """The approximation `x * sigmoid(1.702 x)` of GELU that CLIP was trained with."""
@@ -56,8 +58,8 @@ class FeedForward(nn.Module):
     kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
     use_bias: bool = True
 
-    def _dense(self, name: str, width: int) -> nn.Dense:
-        return nn.Dense(
+    def _dense(self, name: str, x: chex.Array, width: int) -> chex.Array:
+        dense = nn.Dense(
             width,
             use_bias=self.use_bias,
             dtype=self.dtype,
@@ -65,12 +67,13 @@ class FeedForward(nn.Module):
             kernel_init=self.kernel_init,
             name=name,
         )
+        return keep_product(dense(x))
 
     @nn.compact
     def __call__(self, x: chex.Array) -> chex.Array:
         """Args: x: [..., D]. Returns: [..., D]."""
-        y = activation(self.activation)(self._dense("in", self.hidden)(x))
-        return self._dense("out", x.shape[-1])(y)
+        y = activation(self.activation)(self._dense("in", x, self.hidden))
+        return self._dense("out", y, x.shape[-1])
 
 
 class GatedFeedForward(FeedForward):
@@ -93,5 +96,5 @@ class GatedFeedForward(FeedForward):
     @nn.compact
     def __call__(self, x: chex.Array) -> chex.Array:
         """Args: x: [..., D]. Returns: [..., D]."""
-        y = activation(self.activation)(self._dense("gate", self.hidden)(x))
-        return self._dense("out", x.shape[-1])(y * self._dense("in", self.hidden)(x))
+        y = activation(self.activation)(self._dense("gate", x, self.hidden))
+        return self._dense("out", y * self._dense("in", x, self.hidden), x.shape[-1])

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mtl_jax.models.layers.remat import rematerialised
 from mtl_jax.placement import keep_split
 
 _LAYER = re.compile(r"layers_(\d+)")
@@ -21,7 +22,7 @@ def run_stack(
     bias: chex.Array | None,
     *,
     scan: bool = False,
-    remat: bool = False,
+    remat: bool | str = False,
     collect: bool = False,
 ) -> tuple[chex.Array, tuple[chex.Array, ...]]:
     """Applies `num_layers` blocks in order, inside a compact method.
@@ -37,7 +38,8 @@ def run_stack(
       x: [B, L, D].
       bias: passed to every block unchanged.
       scan: use one scanned block.
-      remat: recompute the activations of each block in the backward pass.
+      remat: what of each block is computed again in the backward pass; see
+        `rematerialised`.
       collect: also return what every block put out.
 
     Returns:
@@ -62,7 +64,7 @@ def run_layers(
     own: Any = None,
     cache: Mapping[str, Any] | None = None,
     scan: bool = False,
-    remat: bool = False,
+    remat: bool | str = False,
     collect: bool = False,
 ) -> tuple[chex.Array, dict[str, Any] | None, tuple[chex.Array, ...]]:
     """`run_stack` for blocks with inputs of their own and a cache that they write.
@@ -105,8 +107,7 @@ def _run(
         x = keep_split(x, "data")
         return (x, cache), (x if collect else None)
 
-    if remat:
-        body = nn.remat(body, prevent_cse=not scan)
+    body = rematerialised(body, remat, prevent_cse=not scan)
     if scan and num_layers:
         run = nn.scan(
             body,

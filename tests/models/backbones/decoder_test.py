@@ -154,8 +154,9 @@ def test_packing_does_not_leak(fill, family, scan):
         np.testing.assert_allclose(packed[b, own], want, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("remat", [True, "products"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scan_and_remat_change_no_number(fill, family):
+def test_scan_and_remat_change_no_number(fill, family, remat):
     params = fill(tiny(family), IDS)
 
     def loss(module, p):
@@ -165,7 +166,7 @@ def test_scan_and_remat_change_no_number(fill, family):
         return jax.jit(jax.value_and_grad(functools.partial(loss, module)))(p)
 
     want, want_grad = both(tiny(family), params)
-    got, grad = both(tiny(family, scan=True, remat=True), models.stack_layers(params))
+    got, grad = both(tiny(family, scan=True, remat=remat), models.stack_layers(params))
     np.testing.assert_allclose(got, want, rtol=1e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
