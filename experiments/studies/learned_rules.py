@@ -1,22 +1,28 @@
 """Merge rules that look at data, as rows of a study of experts.
 
-None sees a label. Fisher, RegMean and Surgery read training rows; the rules that
-minimise entropy read the test rows, as their papers do, and say so in their names.
+None sees a label. Fisher, RegMean, RegMean++ and Surgery read training rows; rules that
+minimise entropy read the test rows, as their papers do, and say so in their names;
+DOGE and DOP descend on the task vectors alone. Where Adam learns, its rate is chosen on
+validation rows, and the strength of a rule that learns none. Models that route are in
+`routed_rules`.
 """
 
+import dataclasses
 import functools
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import rule_table as table
 
 from mtl_jax import losses, merging, models, tree, zoo
 from mtl_jax.train import state as train_state
 
-ROWS, BATCH, STEPS = 64, 16, 100
-START = 0.3
+ROWS, BATCH, START = 64, 16, 0.3
+RATES = (1e-2, 3e-3, 1e-3)
 
 
 def _expert(base: Any, taus: Any, task: int) -> Any:
@@ -50,37 +56,61 @@ def fisher(taus: Any, chosen: Any, material: zoo.Material) -> zoo.Fit:
     return zoo.Fit(delta=merging.fisher(taus, tree.stack(found)))
 
 
-def regmean(taus: Any, chosen: Any, material: zoo.Material) -> zoo.Fit:
-    """Grams of what every Dense layer of each expert sees; padding does not count."""
-    del chosen
-
-    def mask(batch):
-        return batch["attention_mask"]
-
-    opened, trained = material.zoo, set(tree.paths(taus))
-    rows = [_some(material, task, ROWS) for task in range(material.count)]
-    masked = "attention_mask" in rows[0]
+def _capture(material: zoo.Material) -> Any:
+    """Grams of all Dense layers from trained leaves; padding does not count."""
+    masked = "attention_mask" in material.inputs("train", 0)
     capture = models.input_grams(
-        opened.encoder.features, mask_fn=mask if masked else None
+        material.zoo.encoder.features,
+        mask_fn=(lambda batch: batch["attention_mask"]) if masked else None,
     )
-    grams = []
-    for task, some in enumerate(rows):
-        expert = _expert(opened.base, taus, task)
-        found = merging.mean_grams(
-            capture,
-            train_state.merge(expert, opened.frozen),
-            jax.tree.map(lambda x: x.reshape(-1, BATCH, *x.shape[1:]), some),
-        )
+    return lambda params, batch: capture(
+        train_state.merge(params, material.zoo.frozen), batch
+    )
+
+
+def _in_batches(material: zoo.Material, task: int) -> Any:
+    some = _some(material, task, ROWS)
+    return jax.tree.map(lambda x: x.reshape(-1, BATCH, *x.shape[1:]), some)
+
+
+def regmean(taus: Any, chosen: Any, material: zoo.Material) -> zoo.Fit:
+    """Grams of what every Dense layer of each expert sees."""
+    del chosen
+    capture, trained, grams = _capture(material), set(tree.paths(taus)), []
+    for task in range(material.count):
+        expert = _expert(material.zoo.base, taus, task)
+        found = merging.mean_grams(capture, expert, _in_batches(material, task))
         named = zip(tree.paths(found), jax.tree.leaves(found), strict=True)
         grams.append({name: gram for name, gram in named if name in trained})
     return zoo.Fit(delta=merging.regmean(taus, tree.stack(grams), jitter=1e-3))
+
+
+def regmean_plus_plus(taus: Any, chosen: Any, material: zoo.Material) -> zoo.Fit:
+    """RegMean block by block, on what leaves the merged blocks below."""
+    del chosen
+    blocks = {
+        int(n) for path in tree.paths(taus) for n in re.findall(r"^layers_(\d+)/", path)
+    }
+    if not blocks:
+        raise ValueError("RegMean++: the encoder has no blocks named layers_N")
+    delta = merging.regmean_plus_plus(
+        material.zoo.base,
+        taus,
+        _capture(material),
+        [_in_batches(material, task) for task in range(material.count)],
+        [rf"^layers_{n}/" for n in sorted(blocks)],
+        jitter=1e-3,
+    )
+    return zoo.Fit(delta=delta)
 
 
 def _entropy(logits, inputs, task):
     return jnp.mean(losses.softmax_entropy(logits(inputs), task["head"]["active"]))
 
 
-def adamerging(taus, chosen, material, *, kind: str, plus: bool = False) -> zoo.Fit:
+def adamerging(
+    taus, chosen, material, *, steps: int, rate: float, kind: str, plus: bool = False
+) -> zoo.Fit:
     """Coefficients by task or leaf; ++ cleans the task vectors by TIES first."""
     del chosen
     if plus:
@@ -90,11 +120,11 @@ def adamerging(taus, chosen, material, *, kind: str, plus: bool = False) -> zoo.
         return jax.tree.map(lambda c: jnp.clip(c, 0, 1), coeffs)
 
     recipe = zoo.Recipe(
-        steps=STEPS,
+        steps=steps,
         batch_size=BATCH,
-        optimizer={"name": "adam", "peak": 1e-2, "decay": False},
+        optimizer={"name": "adam", "peak": rate, "decay": False},
         seed=0,
-        chunk=STEPS,
+        chunk=steps,
     )
     run = zoo.coefficients(material, _entropy, recipe, spread=clipped)
     start = merging.init_coefficients(taus, START, kind=kind)
@@ -103,8 +133,8 @@ def adamerging(taus, chosen, material, *, kind: str, plus: bool = False) -> zoo.
     return zoo.Fit(delta=merging.combine(taus, clipped(trace.variables)))
 
 
-def _batches(material: zoo.Material) -> Any:
-    found = material.batches("test", steps=STEPS, batch_size=BATCH, seed=0)
+def _batches(material: zoo.Material, steps: int) -> Any:
+    found = material.batches("test", steps=steps, batch_size=BATCH, seed=0)
     return jax.tree.map(jnp.asarray, next(iter(found)))
 
 
@@ -116,14 +146,15 @@ def _loss(material: zoo.Material) -> Any:
     return loss
 
 
-def frank_wolfe(taus: Any, chosen: Any, material: zoo.Material) -> zoo.Fit:
-    """Hard selection by leaf, from task arithmetic, in small steps."""
+def frank_wolfe(taus, chosen, material, *, steps: int, selection: Any) -> zoo.Fit:
+    """Selection by leaf, from task arithmetic, in small steps."""
     del chosen
     found = merging.frank_wolfe(
         material.zoo.base,
         taus,
         _loss(material),
-        _batches(material),
+        _batches(material, steps),
+        selection=selection,
         start=START,
         step_size=0.1,
         tasks={"head": material.heads()},
@@ -132,29 +163,35 @@ def frank_wolfe(taus: Any, chosen: Any, material: zoo.Material) -> zoo.Fit:
     return zoo.Fit(delta=merging.combine(taus, found.coeffs))
 
 
-def concrete(taus: Any, chosen: Any, material: zoo.Material) -> zoo.Fit:
-    """One mask for all task vectors, coefficients fixed."""
-    del chosen
+def concrete(
+    taus, chosen, material, *, steps: int, rate: float, adapt: bool = False
+) -> zoo.Fit:
+    """One mask for all task vectors; then, where they adapt, coefficients by leaf."""
     found = merging.concrete(
         material.zoo.base,
         taus,
         _loss(material),
-        _batches(material),
+        _batches(material, steps),
         key=jax.random.key(0),
         coeffs=START,
-        tx=optax.adam(1e-2),
+        tx=optax.adam(rate),
+        coeffs_tx=optax.adam(rate) if adapt else None,
         tasks={"head": material.heads()},
         args=material.args,
     )
-    return zoo.Fit(delta=merging.concrete_merge(taus, found, kind="mean"))
+    if not adapt:
+        return zoo.Fit(delta=merging.concrete_merge(taus, found, kind="mean"))
+    mask = merging.concrete_mask(found.logits, kind="mean")
+    masked = jax.tree.map(lambda x, m: x * m, taus, mask)
+    return adamerging(masked, chosen, material, steps=steps, rate=rate, kind="leaf")
 
 
-def surgery(taus: Any, chosen: Any, material: zoo.Material) -> zoo.Fit:
+def surgery(taus: Any, chosen: Any, material: zoo.Material, *, steps: int) -> zoo.Fit:
     """Task arithmetic whose features are corrected towards each expert's."""
     del chosen
     base, count = material.zoo.base, material.count
     merged = tree.add_scaled(base, merging.task_arithmetic(taus), START)
-    stack = next(iter(material.batches("train", steps=STEPS, batch_size=BATCH, seed=0)))
+    stack = next(iter(material.batches("train", steps=steps, batch_size=BATCH, seed=0)))
 
     @jax.jit
     def features(params, batches):
@@ -182,19 +219,56 @@ def surgery(taus: Any, chosen: Any, material: zoo.Material) -> zoo.Fit:
     )
 
 
-def rows() -> Iterable[zoo.LearnedModel]:
-    """One row per rule."""
-    partial = functools.partial
+def _rated(fit: Callable[..., zoo.Fit]) -> Callable[..., zoo.Fit]:
+    """The fit at the rate whose model is best on validation rows."""
+
+    def best(taus, chosen, material):
+        evaluator, base = material.evaluator, material.zoo.base
+        experts = [
+            evaluator.accuracy(_expert(base, taus, task), task, "validation")
+            for task in range(material.count)
+        ]
+        fits, scores = {}, {}
+        for rate in RATES:
+            fits[rate] = fit(taus, chosen, material, rate=rate)
+            model = tree.add_scaled(base, fits[rate].delta)
+            found = evaluator.accuracies(model, "validation")
+            scores[rate] = float(merging.normalised_accuracy(found, experts))
+        rate = max(scores, key=scores.__getitem__)
+        return dataclasses.replace(
+            fits[rate], details={"rate": rate, "validation": scores}
+        )
+
+    return best
+
+
+def _alone(rule: table.Rule) -> Callable[..., zoo.Fit]:
+    return lambda taus, chosen, material: zoo.Fit(delta=rule(taus))
+
+
+def rows(steps: int) -> Iterable[zoo.LearnedModel]:
+    """One row per rule; `steps` of what learns from rows."""
+    part = functools.partial
     for name, fit in {
         "Fisher": fisher,
         "RegMean": regmean,
-        "AdaMerging, by task (test inputs)": partial(adamerging, kind="task"),
-        "AdaMerging, by leaf (test inputs)": partial(adamerging, kind="leaf"),
-        "AdaMerging++, by leaf (test inputs)": partial(
-            adamerging, kind="leaf", plus=True
-        ),
-        "Frank-Wolfe, by leaf (test inputs)": frank_wolfe,
-        "Concrete task arithmetic (test inputs)": concrete,
-        "Surgery on task arithmetic": surgery,
+        "RegMean++": regmean_plus_plus,
+        "DOGE": _alone(merging.doge),
+        "DOP": _alone(merging.dop),
     }.items():
-        yield zoo.LearnedModel(name=name, fit=fit)
+        yield zoo.LearnedModel(name=name, fit=fit, scales=table.MEAN)
+    by_leaf = part(adamerging, kind="leaf")
+    learned = {
+        "AdaMerging, by task": _rated(part(adamerging, kind="task", steps=steps)),
+        "AdaMerging, by leaf": _rated(part(by_leaf, steps=steps)),
+        "AdaMerging++, by leaf": _rated(part(by_leaf, plus=True, steps=steps)),
+        "Concrete task arithmetic": _rated(part(concrete, steps=steps)),
+        "Concrete AdaMerging, by leaf": _rated(part(concrete, adapt=True, steps=steps)),
+        "Frank-Wolfe, by leaf": part(frank_wolfe, selection="hard", steps=steps),
+        "Frank-Wolfe, by leaf, soft": part(frank_wolfe, selection="soft", steps=steps),
+    }
+    for name, fit in learned.items():
+        yield zoo.LearnedModel(name=f"{name} (test inputs)", fit=fit)
+    yield zoo.LearnedModel(
+        name="Surgery on task arithmetic", fit=part(surgery, steps=steps)
+    )

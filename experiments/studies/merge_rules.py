@@ -20,6 +20,7 @@ import sys
 from typing import Any
 
 import learned_rules
+import routed_rules
 import rule_table as table
 from ml_collections import ConfigDict
 
@@ -28,6 +29,7 @@ from mtl_jax.run import dispatch
 from mtl_jax.run import study as study_lib
 from mtl_jax.zoo import presets
 
+STEPS = {"text": 50, "vision": 100, "world": 100}  # Of rules that learn from rows.
 SUITES = {"text": presets.text, "vision": presets.vision, "world": presets.world}
 
 
@@ -35,12 +37,13 @@ def _shared(name: str, rule: table.Rule, scales: tuple[float, ...]) -> zoo.Share
     return zoo.SharedModel(name=name, delta=lambda taus, _: rule(taus), scales=scales)
 
 
-def rows(base: Any, names: list[str]) -> tuple[zoo.Row, ...]:
+def rows(base: Any, names: list[str], steps: int) -> tuple[zoo.Row, ...]:
     """One row per rule.
 
     Args:
       base: trained leaves of the base model.
       names: which; none for all.
+      steps: of rules that learn from rows.
 
     Raises:
       SystemExit: a name that does not exist.
@@ -53,7 +56,8 @@ def rows(base: Any, names: list[str]) -> tuple[zoo.Row, ...]:
             for name, rule in table.SPHERES.items()
         ),
         *table.task_models(base),
-        *learned_rules.rows(),
+        *learned_rules.rows(steps),
+        *routed_rules.rows(steps),
     )
     known = {row.name: row for row in each}
     if unknown := sorted(set(names) - set(known)):
@@ -72,7 +76,7 @@ def one(suite: str, seed: int, args: argparse.Namespace, progress: Any) -> Any:
     opened = zoo.open_zoo(encoder, tasks, zoo.Settings(**experts), progress=progress)
     evaluator = zoo.Evaluator(opened, remember=True, progress=progress)
     study = study_lib.Study(opened, evaluator, config, document, progress)
-    study.run(zoo.PostHoc(rows=rows(opened.base, args.rules)))
+    study.run(zoo.PostHoc(rows=rows(opened.base, args.rules, STEPS[suite])))
     study_lib.write(study, args.workdir / f"{suite}-{seed}")
     return study
 
@@ -88,6 +92,7 @@ def collect(studies: dict[int, Any]) -> dict[str, dict[str, Any]]:
                 "chosen": list(result.chosen),
                 "bytes": result.bits / 8,
                 "seconds": result.seconds,
+                **({"details": result.details} if result.details else {}),
             }
     return dict(found)
 

@@ -191,7 +191,11 @@ class Study(Experiment):
                     self.evaluator.accuracy(model, task, "test", linear=row.linear)
                 )
         chosen = (row.scales[0],)
-        return self._result(row, chosen, row.scales, (), np.array(found), began)
+        result = self._result(row, chosen, row.scales, (), np.array(found), began)
+        if fit.features is None:
+            return result
+        bits = 8 * tree.nbytes(fit.params) + 32 * tree.size(self.zoo.frozen)
+        return dataclasses.replace(result, bits=bits)
 
     def _shared(
         self, row: SharedModel | LearnedModel, delta: chex.ArrayTree, began

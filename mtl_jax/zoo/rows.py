@@ -137,7 +137,8 @@ class LearnedModel:
       labels: whether it learns from labels.
       scales: grid of a strength of the whole difference, chosen on validation data as
         that of a `SharedModel`; one value for a fit that is not one `delta`.
-      bits: `bits(T, trained, frozen) -> int`, storage of what serves all tasks.
+      bits: `bits(T, trained, frozen) -> int`, storage of what serves all tasks; not
+        asked where the fit is `features`, whose arrays are counted as they are.
       linear: learn and evaluate in the tangent space of the base model.
       experts: which set of experts the task vectors come from.
     """

@@ -153,6 +153,9 @@ def test_learned_rows_are_measured_as_what_they_are(study):
     np.testing.assert_array_equal(found["whole"].accuracy, found["average"].accuracy)
     np.testing.assert_array_equal(found["each"].accuracy, found["fine-tuned"].accuracy)
     np.testing.assert_array_equal(found["used"].accuracy, found["fine-tuned"].accuracy)
+    base, frozen = tree.size(study.zoo.base), tree.size(study.zoo.frozen)
+    assert found["used"].bits == 32 * (4 * base + frozen)  # What features take.
+    assert found["whole"].bits == 32 * (base + frozen)
     assert found["whole"].details == {"steps": 7} and not found["average"].details
     assert found["tuned"].grid == (0.0, 0.5, 3.0)
     assert seen[0] == ({"fine-tuned", "average"}, 3)
