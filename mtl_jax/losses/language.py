@@ -217,10 +217,18 @@ def _with_slope(softcap, hidden, labels, kernel):
     """The losses, and their gradients [N, b, c, D] by `hidden`, in its dtype."""
     logits, bent = _logits(softcap, hidden, kernel)
     hit, known = _hits(labels, logits), _known(labels, logits)
-    total = jax.nn.logsumexp(logits, axis=-1)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    # XLA's CPU backend sums exponentials that it has many times faster than those that
+    # it makes on the way; others had better not write them down.
+    powers = jax.lax.platform_dependent(
+        jnp.exp(logits - top),
+        cpu=jax.lax.optimization_barrier,
+        default=lambda x: x,
+    )
+    total = jnp.sum(powers, axis=-1, keepdims=True)
     own = jax.lax.platform_dependent(logits, labels, cpu=_gathered, default=_summed)
-    loss = total - own
-    slope = jnp.exp(logits - total[..., None]) - hit.astype(logits.dtype)
+    loss = (jnp.log(total) + top)[..., 0] - own
+    slope = powers / total - hit.astype(logits.dtype)
     if softcap is not None:
         slope = slope * (1 - bent**2)
     slope = jnp.einsum(
