@@ -42,7 +42,7 @@ def get_config(variant: str = "demo") -> ConfigDict:
     tiny = variant == "tiny"
     small = {"width": 32, "depth": 2, "num_heads": 2, "num_kv_heads": 1, "mlp_dim": 48}
     # Recomputed whole, layers in 4 bits are decoded one at a time.
-    remat = True if variant == "nf4" else "products"
+    remat = "full" if variant == "nf4" else "products"
     options = {**(small if tiny else {}), "scan": True, "remat": remat}
     return ConfigDict(
         {
@@ -85,6 +85,13 @@ def get_config(variant: str = "demo") -> ConfigDict:
     )
 
 
+_REMAT = {
+    "llama3_8b_lora": "products",
+    "llama3_8b_decode": "none",
+    "llama3_8b_full": "full",
+}
+
+
 def _llama3_8b(variant: str) -> ConfigDict:
     """The shapes of Llama 3 8B; changes of `demo`."""
     config = get_config("demo")
@@ -92,7 +99,7 @@ def _llama3_8b(variant: str) -> ConfigDict:
     config.model.name = "llama-3-8b"
     config.model.options = {
         "scan": True,
-        "remat": variant != "llama3_8b_decode",
+        "remat": _REMAT[variant],
         "attention": "blocked",
         "dtype": "bfloat16",
         "param_dtype": "float32" if full else "bfloat16",

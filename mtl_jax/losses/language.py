@@ -229,7 +229,7 @@ def _with_slope(softcap, hidden, labels, kernel):
     own = jax.lax.platform_dependent(logits, labels, cpu=_gathered, default=_summed)
     loss = (jnp.log(total) + top)[..., 0] - own
     slope = powers / total - hit.astype(logits.dtype)
-    if softcap is not None:
+    if bent is not None:
         slope = slope * (1 - bent**2)
     slope = jnp.einsum(
         "nblv,ndv->nbld",

@@ -9,7 +9,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 _PRODUCT = "product"
-REMATS = (False, True, "products")
+REMATS = (False, True, "none", "full", "products")
 
 
 def keep_product(x: chex.Array) -> chex.Array:
@@ -24,9 +24,10 @@ def rematerialised(
 
     Args:
       body: function of a block and its inputs.
-      remat: False keeps whatever the backward pass needs; True keeps the inputs alone;
-        "products" keeps what `keep_product` marks as well, so that norms, activations
-        and attention weights are computed again, but no large product of matrices.
+      remat: False or "none" keeps whatever the backward pass needs; True or "full"
+        keeps the inputs alone; "products" keeps what `keep_product` marks as well, so
+        that norms, activations and attention weights are computed again, but no large
+        product of matrices, of experts excepted.
       prevent_cse: see `jax.checkpoint`.
 
     Returns:
@@ -37,7 +38,7 @@ def rematerialised(
     """
     if remat not in REMATS:
         raise ValueError(f"remat must be one of {REMATS}, is {remat!r}")
-    if not remat:
+    if remat in (False, "none"):
         return body
     policy = None
     if remat == "products":

@@ -188,7 +188,9 @@ def test_remat_and_scan_are_in_the_program(fill):
 
     assert "scan[" in text()
     assert "remat" not in text()
+    assert text(remat="none") == text()
     assert "remat" in text(remat=True)
+    assert text(remat="full").count("remat") == text(remat=True).count("remat")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
