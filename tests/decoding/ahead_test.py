@@ -5,7 +5,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mtl_jax import decoding, models
+from mtl_jax import decoding, models, train
+from mtl_jax.train import sharding
 
 MODULE = models.Decoder(
     vocab_size=19,
@@ -63,6 +64,24 @@ def test_on_a_mesh_nothing_changes_and_the_cache_is_split(params):
     # Keys of one row and one of two heads a device, 24 slots; nowhere all of them.
     text = compiled.as_text()
     assert "f32[2,1,24,1,4]" in text and "f32[2,4,24,2,4]" not in text
+
+
+@pytest.mark.parametrize("rows", [4, 3])
+def test_generate_takes_parameters_that_lie_on_a_mesh(params, rows):
+    kinds = (AxisType.Auto,) * 2
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=kinds)
+    module = MODULE.clone(vocab_size=20)
+    table = jnp.pad(params["embeddings"]["word"]["embedding"], ((0, 1), (0, 0)))
+    params = {**params, "embeddings": {"word": {"embedding": table}}}
+    specs = train.specs_from_rules(params, models.sharding_rules(module))
+    split = jax.device_put(params, sharding.shardings(mesh, params, specs))
+    assert any(not x.is_fully_replicated for x in jax.tree.leaves(split))
+    prompts = [row[:n] for row, n in zip(IDS[:rows], LENGTHS, strict=False)]
+    model = decoding.from_decoder(module)
+    want = decoding.generate(model, params, prompts, max_new_tokens=6)
+    got = decoding.generate(model, split, prompts, max_new_tokens=6)
+    assert got.rows() == want.rows()
+    np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-4)
 
 
 @pytest.mark.fast
