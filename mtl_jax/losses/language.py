@@ -62,6 +62,7 @@ def token_cross_entropy(
         x = jnp.pad(x, pad).reshape(*split, chunks, chunk, *x.shape[2:])
         return placement.keep_split(jnp.moveaxis(x, 2, 0), None, "data")
 
+    labels = labels.astype(jnp.int32)  # 8 or 16 bits hold no vocabulary.
     copies = _copies(kernel.astype(hidden.dtype), parts)
 
     def one(part):
@@ -191,19 +192,26 @@ def _differentiate(softcap, primals, tangents):
     along_hidden, _, along_kernel = tangents
     if isinstance(along_kernel, SymbolicZero):
         loss, slope = _with_slope(softcap, hidden, labels, kernel)
-        wide = (slope.astype(loss.dtype), along_hidden.astype(loss.dtype))
-        return loss, jnp.sum(wide[0] * wide[1], axis=-1)
-    if isinstance(along_hidden, SymbolicZero):
-        along_hidden = jnp.zeros_like(hidden)
+        return loss, _along(slope, along_hidden)
 
     @jax.checkpoint
     def plain(hidden, kernel):
         return _plain(softcap, hidden, labels, kernel)
 
+    if isinstance(along_hidden, SymbolicZero):
+        of_kernel = functools.partial(plain, hidden)
+        return jax.jvp(of_kernel, (kernel,), (along_kernel,))
     return jax.jvp(plain, (hidden, kernel), (along_hidden, along_kernel))
 
 
 _cross_entropy.defjvp(_differentiate, symbolic_zeros=True)
+
+
+@jax.checkpoint  # So that the slope is kept in its own dtype.
+def _along(slope, along_hidden):
+    """[N, b, c, D], [N, b, c, D] -> [N, b, c] float32."""
+    slope, along_hidden = (x.astype(jnp.float32) for x in (slope, along_hidden))
+    return jnp.sum(slope * along_hidden, axis=-1)
 
 
 def _plain(softcap, hidden, labels, kernel):
@@ -218,6 +226,7 @@ def _with_slope(softcap, hidden, labels, kernel):
     logits, bent = _logits(softcap, hidden, kernel)
     hit, known = _hits(labels, logits), _known(labels, logits)
     top = jnp.max(logits, axis=-1, keepdims=True)
+    top = jnp.where(jnp.isfinite(top), top, 0)
     # XLA's CPU backend sums exponentials that it has many times faster than those that
     # it makes on the way; others had better not write them down.
     powers = jax.lax.platform_dependent(

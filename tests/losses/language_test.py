@@ -121,9 +121,56 @@ def test_a_frozen_head_is_multiplied_twice_a_step_and_a_trained_one_four_times()
         return str(program)
 
     assert text((0, 1)).count("dot_general[") == 4
+    assert text(1).count("dot_general[") == 3
     assert text(0).count("dot_general[") == 2
-    # The second product is of the forward pass: nothing of the vocabulary is kept.
-    assert "remat" not in text(0)
+
+
+def test_what_a_frozen_head_keeps_has_the_dtype_of_the_hidden_states():
+    def total(hidden):
+        return jnp.sum(losses.token_cross_entropy(hidden, KERNEL, LABELS, chunk=3))
+
+    hidden = jnp.asarray(HIDDEN, jnp.bfloat16)
+    got = jax.jit(jax.grad(total))(hidden)
+    assert got.dtype == jnp.bfloat16
+    want = jax.jit(jax.grad(total))(HIDDEN)
+    np.testing.assert_allclose(got.astype(jnp.float32), want, atol=0.03)
+    program = str(jax.make_jaxpr(jax.grad(total))(hidden))
+    # Three chunks of both rows, stacked.
+    assert "bf16[3,1,2,3,5]" in program and "f32[3,1,2,3,5]" not in program
+
+
+def test_a_frozen_head_under_other_orders_of_differentiation():
+    def total(hidden, kernel=KERNEL):
+        return jnp.sum(losses.token_cross_entropy(hidden, kernel, LABELS, chunk=3))
+
+    def many(hidden):
+        return jnp.sum(jax.vmap(total)(jnp.stack([hidden, 2 * hidden])))
+
+    def each(hidden):
+        return total(hidden) + total(2 * hidden)
+
+    got, want = (jax.jit(jax.grad(f))(HIDDEN) for f in (many, each))
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+    def curvature(argnums):
+        def slope(kernel):
+            pull = jax.grad(total, argnums)(jnp.asarray(HIDDEN), kernel)
+            return jnp.sum((pull if argnums == 0 else pull[0]) * jnp.cos(HIDDEN))
+
+        return jax.jit(jax.grad(slope))(KERNEL)
+
+    np.testing.assert_allclose(curvature(0), curvature((0, 1)), atol=1e-5)
+    ahead = jax.jit(jax.jacfwd(jax.grad(total)))(HIDDEN)
+    back = jax.jit(jax.jacrev(jax.grad(total)))(HIDDEN)
+    np.testing.assert_allclose(ahead, back, atol=1e-5)
+
+
+def test_narrow_labels_count_words_beyond_their_range():
+    rng = np.random.default_rng(3)
+    kernel = rng.normal(size=(5, 300)).astype(np.float32)
+    labels = rng.integers(0, 120, (2, 7))
+    got = losses.token_cross_entropy(HIDDEN, kernel, labels.astype(np.int8))
+    np.testing.assert_allclose(got, naive(HIDDEN, kernel, labels, 1.0), atol=1e-5)
 
 
 def test_all_logits_never_exist_even_in_the_backward_pass():

@@ -26,8 +26,8 @@ def rematerialised(
       body: function of a block and its inputs.
       remat: False or "none" keeps whatever the backward pass needs; True or "full"
         keeps the inputs alone; "products" keeps what `keep_product` marks as well, so
-        that norms, activations and attention weights are computed again, but no large
-        product of matrices, of experts excepted.
+        that norms, activations, what experts do and the products inside attention are
+        computed again, but no product of a Dense layer.
       prevent_cse: see `jax.checkpoint`.
 
     Returns:
