@@ -36,7 +36,7 @@ def clip(
         task, such as `text_heads` makes.
       dtype: compute dtype; weights stay float32.
       scan: one compiled block for all layers.
-      remat: of both towers; see `layers.rematerialised`.
+      remat: of the blocks; see `layers.rematerialised`.
 
     Raises:
       ValueError: for an unknown model, or weights that do not fit it.

@@ -37,7 +37,7 @@ def rematerialised(
       ValueError: for any other `remat`.
     """
     if remat not in REMATS:
-        raise ValueError(f"remat must be one of {REMATS}, is {remat!r}")
+        raise ValueError(f"rematerialised: remat must be one of {REMATS}, is {remat!r}")
     if remat in (False, "none"):
         return body
     policy = None

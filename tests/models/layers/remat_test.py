@@ -69,12 +69,18 @@ def test_encoders_keep_products_too(fill, kind):
         x = np.ones((1, 8, 8, 3), np.float32)
     params = fill(make(), x)
 
-    def grads(module):
+    def gradient(**options):
         def loss(p):
-            out = module.apply({"params": p}, x)
+            out = make(**options).apply({"params": p}, x)
             return sum(jnp.sum(jnp.sin(y)) for y in jax.tree.leaves(out))
 
-        return jax.jit(jax.grad(loss))(params)
+        return jax.grad(loss)
 
-    want, got = grads(make()), grads(make(remat="products"))
+    def count(**options):
+        return str(jax.make_jaxpr(gradient(**options))(params)).count("dot_general[")
+
+    # Of each of two blocks, one product of attention; or that and five layers more.
+    assert count(remat="products") == count() + 2
+    assert count(remat=True) >= count() + 2 * 6
+    want, got = (jax.jit(gradient(**o))(params) for o in ({}, {"remat": "products"}))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
