@@ -237,7 +237,8 @@ def _mebibytes(done: int, total: int) -> tuple[int, int]:
 
 def _merge(args: argparse.Namespace) -> int:
     host.use_cpu_if_alone()
-    from mtl_jax.checkpoints import merge
+    with host.imports():
+        from mtl_jax.checkpoints import merge
 
     plan = merge.make_plan(args.recipe, dtype=args.dtype)
     writing = {
@@ -265,11 +266,12 @@ def _merge(args: argparse.Namespace) -> int:
 
 def _diff(args: argparse.Namespace) -> int:
     host.use_cpu_if_alone()
-    from etils import epath
+    with host.imports():
+        from etils import epath
 
-    from mtl_jax.checkpoints import _diff_report
-    from mtl_jax.checkpoints.diff import diff
-    from mtl_jax.checkpoints.source import open_source
+        from mtl_jax.checkpoints import _diff_report
+        from mtl_jax.checkpoints.diff import diff
+        from mtl_jax.checkpoints.source import open_source
 
     _diff_report.check_column(args.sort)
     if args.limit < 0:
@@ -305,8 +307,9 @@ def _numbers(option: str, text: str) -> list[float]:
 
 def _compress(args: argparse.Namespace) -> int:
     host.use_cpu_if_alone()
-    from mtl_jax import report
-    from mtl_jax.checkpoints.compress import compress
+    with host.imports():
+        from mtl_jax import report
+        from mtl_jax.checkpoints.compress import compress
 
     host.keep_compiled_programs()
     options = {
@@ -339,8 +342,9 @@ def _compress(args: argparse.Namespace) -> int:
 
 def _extract(args: argparse.Namespace) -> int:
     host.use_cpu_if_alone()
-    from mtl_jax import report
-    from mtl_jax.checkpoints.extract import extract, read_bank
+    with host.imports():
+        from mtl_jax import report
+        from mtl_jax.checkpoints.extract import extract, read_bank
 
     if args.list:
         bank, _ = read_bank(args.bank)

@@ -5,6 +5,7 @@ settings of JAX to whoever imports it.
 """
 
 import contextlib
+import gc
 import importlib.util
 import os
 import pathlib
@@ -13,7 +14,12 @@ import sys
 import threading
 from collections.abc import Iterator
 
-__all__ = ["ends_on_sigterm", "keep_compiled_programs", "use_cpu_if_alone"]
+__all__ = [
+    "ends_on_sigterm",
+    "imports",
+    "keep_compiled_programs",
+    "use_cpu_if_alone",
+]
 
 _ACCELERATORS = (  # Device files, as glob patterns under /dev.
     *("accel[0-9]*", "accel/accel*", "vfio/[0-9]*", "vfio/devices/*"),  # TPU
@@ -35,6 +41,24 @@ def use_cpu_if_alone(devices: pathlib.Path = pathlib.Path("/dev")) -> None:
         return
     if not any(next(devices.glob(p), None) for p in _ACCELERATORS):
         os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+@contextlib.contextmanager
+def imports() -> Iterator[None]:
+    """Imports without looking for garbage among what they make, then or at the end.
+
+    It lives as long as the process. Nothing is kept that way where all modules were
+    there already.
+    """
+    before, enabled = len(sys.modules), gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if len(sys.modules) > before:
+            gc.freeze()
+        if enabled:
+            gc.enable()
 
 
 def keep_compiled_programs() -> None:

@@ -1,3 +1,5 @@
+import gc
+import importlib
 import os
 import signal
 import sys
@@ -77,3 +79,24 @@ def test_sigterm_unwinds_and_says_so(capsys):
     assert error.value.code == 143 and cleaned
     assert "a run: stopped by SIGTERM" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_imports_are_not_searched_for_garbage(monkeypatch, tmp_path):
+    frozen = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(gc.isenabled()))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "module_of_this_test.py").write_text("import gc; on = gc.isenabled()")
+    with host.imports():
+        module = importlib.import_module("module_of_this_test")
+    assert not module.on and frozen == [False] and gc.isenabled()
+    with host.imports():
+        importlib.import_module("module_of_this_test")
+    assert frozen == [False]
+    gc.disable()
+    try:
+        with host.imports():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    del sys.modules["module_of_this_test"]
