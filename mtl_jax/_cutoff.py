@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from mtl_jax import _wide
@@ -57,6 +58,33 @@ def index(shape: tuple[int, ...], axes: Iterable[int]) -> jax.Array:
         index *= jnp.uint32(shape[axis])
         index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
     return index
+
+
+def settled(scores: jax.Array) -> jax.Array:
+    """The same scores, which no compiler computes again where they are compared.
+
+    A score that is computed a second time beside its cutoff may round to the other side
+    of it, and then the count of what reaches the cutoff is wrong. So scores that are
+    computed in a program pass through here, those that are read from memory need not.
+    Past a branch nothing is fused, while a barrier does not hold on CPUs. Under `vmap`
+    a branch is a selection, and this gives no promise.
+
+    Args:
+      scores: float or integer array of any shape.
+
+    Returns:
+      `scores`, bit for bit; where nothing is traced, the array itself.
+
+    >>> settled(jnp.array([1.0, 0.0])).tolist()
+    [1.0, 0.0]
+    """
+    if not isinstance(scores, jax.core.Tracer):
+        return scores
+    return jax.lax.cond(jnp.any(scores != 0), _same, jnp.zeros_like, scores)
+
+
+def _same(x: jax.Array) -> jax.Array:
+    return x
 
 
 def reaches(x: jax.Array, cutoff: Cutoff) -> jax.Array:

@@ -20,13 +20,14 @@ import jax.numpy as jnp
 
 from mtl_jax import _selection, _wide
 from mtl_jax._apart import apart
-from mtl_jax._cutoff import Cutoff, magnitude_bits, reaches
+from mtl_jax._cutoff import Cutoff, magnitude_bits, reaches, settled
 from mtl_jax._wide import Wide
 
 __all__ = [
     "Cutoff",
     "magnitude_bits",
     "reaches",
+    "settled",
     "task_top_cutoffs",
     "top_cutoff",
     "top_mask",

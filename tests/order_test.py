@@ -148,3 +148,14 @@ def test_an_axis_that_no_word_counts_is_refused(monkeypatch):
     monkeypatch.setattr(_wide, "SPAN", 20)
     with pytest.raises(ValueError, match=r"\(1, 21\) has too many entries"):
         order.top_cutoff(jnp.ones(21), 3)
+
+
+def test_scores_are_computed_once():
+    scores = jnp.asarray([[0.0, -1.5], [jnp.inf, 2.0]])
+    assert order.settled(scores) is scores
+    for x in (scores, jnp.zeros((2, 2)), scores.at[0, 0].set(jnp.nan)):
+        np.testing.assert_array_equal(jax.jit(order.settled)(x), x)
+    many = jax.jit(jax.vmap(order.settled))(scores)
+    np.testing.assert_array_equal(many, scores)
+    text = jax.jit(order.settled).lower(scores).as_text()
+    assert "case" in text or "stablehlo.if" in text

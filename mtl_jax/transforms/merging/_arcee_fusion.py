@@ -116,7 +116,9 @@ def arcee_fusion(
     def leaf(x, b, axis):
         if not tree.is_inexact(x) or not x.size:
             return x[0]
-        scores = [_importance(x[t], b, axis, epsilon) for t in range(count)]
+        scores = [
+            tree.settled(_importance(x[t], b, axis, epsilon)) for t in range(count)
+        ]
         cuts, last = [], x[0].size - 1
         for score in scores:
             lower, median, upper = (_order(score, last * q // 4) for q in (1, 2, 3))

@@ -25,10 +25,7 @@ def _variance(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     equal = functools.reduce(jnp.logical_and, [v == values[0] for v in values])
     variance = jnp.where(equal, 0, square / len(values)).astype(jnp.float32)
     count = jnp.sum(variance > 0, dtype=jnp.uint32)
-    # Through a branch, past which nothing is fused: computed a second time with the
-    # mask it might round to the other side of its cutoff.
-    kept = jax.lax.cond(count > 0, lambda v: v, jnp.zeros_like, variance)
-    return kept, count
+    return tree.settled(variance), count
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

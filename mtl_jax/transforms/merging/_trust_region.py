@@ -89,7 +89,7 @@ def trust_region(
         slopes = grads
     leaves, treedef = jax.tree.flatten(taus)
     conflicts = {
-        i: _conflict(x, jnp.asarray(g))
+        i: tree.settled(_conflict(x, jnp.asarray(g)))
         for i, (x, g) in enumerate(zip(leaves, jax.tree.leaves(slopes), strict=True))
         if tree.is_inexact(x)
     }

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mtl_jax import aggregation, tree
@@ -279,3 +280,31 @@ def test_scattered_slices_are_the_jacobian_of_the_whole_batch(engine):
     close(gram, tree.gram(wanted), rtol=1e-4)
     for leaf in jax.tree.leaves(slices):
         assert leaf.addressable_shards[0].data.shape == (T, leaf.shape[1] // 8)
+
+
+def test_rows_at_once_where_parameters_are_sharded():
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    split, spread = (NamedSharding(mesh, P(*a, "model")) for a in ([], [None]))
+    params = jax.device_put({"w": np.ones((16, 3), np.float32)}, split)
+    x = jnp.arange(16.0) / 16
+
+    def losses(p):
+        return jnp.tanh(x @ p["w"])
+
+    fn = aggregation.value_and_task_grads(losses, engine="vmap")
+    step = jax.jit(lambda p: fn(p)[1], out_shardings={"w": spread})
+    close(step(params), aggregation.value_and_task_grads(losses)(params)[1])
+    assert "all-gather" not in step.lower(params).compile().as_text()
+
+
+def test_rows_at_once_on_one_device(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    fn = aggregation.value_and_task_grads(make_losses(), engine="vmap")
+    step = jax.jit(lambda p: fn(p, X, Y)[1])
+    assert "LayoutConstraint" in step.lower(init()).as_text()
+    wanted = aggregation.value_and_task_grads(make_losses())(init(), X, Y)[1]
+    close(step(init()), wanted)
+    many = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), init())
+    first = jax.tree.map(lambda x: x[0], jax.vmap(step)(many))
+    close(first, wanted, rtol=1e-5)
+    jax.jvp(step, (init(),), (init(),))

@@ -1,5 +1,9 @@
 """Trust region merging against its definition, and where tasks do not collide."""
 
+import os
+import subprocess
+import sys
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -106,3 +110,29 @@ def test_order_dtypes_and_jit():
 def test_refuses_by_name(options, message):
     with pytest.raises(ValueError, match=message):
         merging.trust_region({"w": jnp.ones((2, 3))}, **options)
+
+
+ONE_DEVICE = """
+import jax, jax.numpy as jnp, numpy as np
+from mtl_jax import merging
+merge = lambda x, g: merging.trust_region(x, density=0.5, grads=g)
+for seed, size in (1, 1000), (2, 4113), (10, 1000):
+    x = {
+        name: jnp.asarray(np.random.default_rng(s).standard_normal((5, n)), jnp.float32)
+        for name, s, n in (("w", seed, size), ("v", seed + 99, 50))
+    }
+    grads = jax.tree.map(lambda v: 1.7 * v[::-1], x)
+    once, again = merge(x, grads), jax.jit(merge)(x, grads)
+    for name in x:
+        np.testing.assert_array_equal(once[name] == 0, again[name] == 0)
+"""
+
+
+def test_conflicts_are_computed_once():
+    # In one program sums may be contracted to fused multiply-adds, or not, each time
+    # anew. So did jax 0.10.2 with these flags and one device.
+    flags = (
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    )
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", ONE_DEVICE], env=environment, check=True)
