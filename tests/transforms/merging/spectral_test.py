@@ -129,3 +129,15 @@ def test_views_by_shape_rule_and_kind():
         ValueError, match=r"f: matrices gives True for 'bias' of \(3,\)"
     ):
         _spectral.views("f", taus, lambda name, _: name == "bias")
+
+
+@pytest.mark.parametrize("side", [64, 400])
+def test_small_directions_are_there_and_rounding_is_not(side):
+    u, _, vt = np.linalg.svd(draw(5, side, side))
+    values = np.ones(side)
+    values[-1] = 1.5e-5
+    x = u * values @ vt
+    assert error(np.asarray(polar(jnp.asarray(x, jnp.float32), "svd")), u @ vt) < 5e-3
+    values[-side // 4 :] = 0
+    low = jnp.asarray(u * values @ vt, jnp.float32)
+    assert int((svd(low, None, "svd")[1] > 0).sum()) == side - side // 4
