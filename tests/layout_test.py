@@ -24,6 +24,7 @@ ORDER = (
         "_apart",
         "_contractions",
         "_cutoff",
+        "_lapack",
         "_selection",
         "_wide",
         "tree",
@@ -48,6 +49,7 @@ PURE = {
     "_apart",
     "_contractions",
     "_cutoff",
+    "_lapack",
     "_selection",
     "_wide",
     "tree",
@@ -56,7 +58,14 @@ PURE = {
     "kernels",
     "transforms",
 }
-PURE_IMPORTS = {"jax", "numpy", "optax", "chex", "mtl_jax"} | sys.stdlib_module_names
+PURE_IMPORTS = {
+    "jax",
+    "jaxlib",
+    "numpy",
+    "optax",
+    "chex",
+    "mtl_jax",
+} | sys.stdlib_module_names
 ALIASES = {  # Names that `mtl_jax` itself resolves lazily.
     name: "transforms"
     for name in (

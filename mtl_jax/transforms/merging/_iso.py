@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax._checks import share
-from mtl_jax.transforms.merging import _compose, _spectral
+from mtl_jax._lapack import stacked
+from mtl_jax.transforms.merging import _compose, _polar, _spectral
 from mtl_jax.transforms.merging._spectral import matmul, transpose
 
 
@@ -16,7 +17,7 @@ def iso_c(
     weights: Any = None,
     key: Any = None,
     matrices: _spectral.Matrices = None,
-    polar: _spectral.Polar = "svd",
+    polar: _polar.Polar = "svd",
     check_finite: bool = True,
 ) -> Any:
     r"""Sums task matrices and makes all singular values their mean.
@@ -53,7 +54,7 @@ def iso_c(
     [[4.0, 0.0], [0.0, 4.0]]
     """
     del key
-    _compose.choice("iso_c", "polar", polar, _spectral.POLAR)
+    _compose.choice("iso_c", "polar", polar, _polar.POLAR)
     return _spectral.merge(
         "iso_c", taus, weights, matrices, _common, (polar,), check_finite=check_finite
     )
@@ -62,7 +63,7 @@ def iso_c(
 def _common(x, polar):
     """[T, B, m, n] -> [B, m, n]."""
     total = x.sum(0)
-    flat = _spectral.polar(total, polar)
+    flat = _polar.polar(total, polar)
     mean = (flat * total).sum((-2, -1), keepdims=True) / min(x.shape[-2:])
     return mean * flat
 
@@ -76,7 +77,7 @@ def iso_cts(
     matrices: _spectral.Matrices = None,
     layout: _spectral.Layout = "in_out",
     svd: _spectral.TopSvd = "svd",
-    polar: _spectral.Polar = "svd",
+    polar: _polar.Polar = "svd",
     check_finite: bool = True,
 ) -> Any:
     r"""Makes isotropic a common subspace and, beside it, one of each task.
@@ -121,7 +122,7 @@ def iso_cts(
     del key
     share("iso_cts", "common", common, 1)
     _compose.choice("iso_cts", "svd", svd, _spectral.TOP_SVD)
-    _compose.choice("iso_cts", "polar", polar, _spectral.POLAR)
+    _compose.choice("iso_cts", "polar", polar, _polar.POLAR)
     return _spectral.merge(
         "iso_cts",
         taus,
@@ -146,7 +147,7 @@ def _common_and_own(x, common, svd, polar):
     flat = matmul(u, vt)
     if own:
         u_own, s_own, vt_own = _own(x, u, s, own, svd)
-        left = _spectral.polar(jnp.concatenate(list(u_own), -1), polar)
+        left = _polar.polar(jnp.concatenate(list(u_own), -1), polar)
         flat = flat + _beside(u, vt, left, jnp.concatenate(list(vt_own), -2), polar)
         s = jnp.concatenate([*s_own, s], -1)
     return s.mean(-1)[..., None, None] * flat
@@ -189,8 +190,8 @@ def _beside(u, vt, left, right, polar):
     Left is orthogonal to u. Directions of v orthogonal to `right` stay as they are: the
     rest, v q, are no more than there are rows of `right`, and so is the problem.
     """
-    q = jnp.linalg.qr(matmul(vt, transpose(right)))[0]
+    q = stacked(jnp.linalg.qr, matmul(vt, transpose(right)))[0]
     shared = matmul(transpose(q), vt)
-    both = _spectral.polar(jnp.concatenate([right, shared], -2), polar)
+    both = _polar.polar(jnp.concatenate([right, shared], -2), polar)
     own, rest = jnp.split(both, [right.shape[-2]], -2)
     return matmul(left, own) + matmul(matmul(u, q), rest - shared)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from mtl_jax import tree
 from mtl_jax._checks import named_leaves
+from mtl_jax._lapack import stacked
 from mtl_jax.transforms.adapters import lora
 from mtl_jax.transforms.adapters._nodes import put
 from mtl_jax.transforms.merging import _compose, _spectral
@@ -129,7 +130,7 @@ def _aligned(node):
     overlap = _spectral.matmul(_spectral.transpose(a), a[:1])
     overlap += _spectral.matmul(b, _spectral.transpose(b[:1]))
     # All of the rank, also where the overlap has less: the product must stay.
-    u, _, vt = jnp.linalg.svd(overlap)
+    u, _, vt = stacked(jnp.linalg.svd, overlap)
     turn = _spectral.matmul(u, vt)
     a = _spectral.matmul(a, turn)
     b = _spectral.matmul(_spectral.transpose(turn), b)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax import tree
+from mtl_jax._lapack import stacked
 from mtl_jax.transforms.adapters import lora
 from mtl_jax.transforms.merging import _compose, _spectral
 
@@ -129,8 +130,8 @@ def _cat(fn_name, loras, alpha, weights, rslora, check_finite):
 @functools.partial(jax.jit, static_argnums=1)
 def shortened(node: Any, rank: int) -> Any:
     """A pair of any rank -> the best pair of this rank."""
-    left, r_left = jnp.linalg.qr(node["a"])
-    right, r_right = jnp.linalg.qr(_spectral.transpose(node["b"]))
+    left, r_left = stacked(jnp.linalg.qr, node["a"])
+    right, r_right = stacked(jnp.linalg.qr, _spectral.transpose(node["b"]))
     core = _spectral.matmul(r_left, _spectral.transpose(r_right))
     pair = halved(*_spectral.svd(core, min(rank, *core.shape[-2:])), rank)
     return {

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax import tree
+from mtl_jax._lapack import stacked
 from mtl_jax.transforms.adapters import lora as lora_lib
 from mtl_jax.transforms.adapters._nodes import factors, put
 from mtl_jax.transforms.merging import _compose, _spectral
@@ -112,9 +113,9 @@ def _span(a, b, ranks, side):
     a, b = (x.astype(tree.wide_dtype(x.dtype)) for x in (a, b))
     left = right = None
     if side != "out":
-        left, a = jnp.linalg.qr(a)
+        left, a = stacked(jnp.linalg.qr, a)
     if side != "in":
-        right, b = jnp.linalg.qr(_spectral.transpose(b))
+        right, b = stacked(jnp.linalg.qr, _spectral.transpose(b))
         right, b = _spectral.transpose(right), _spectral.transpose(b)
     starts = [sum(ranks[:t]) for t in range(len(ranks))]
     tasks = [

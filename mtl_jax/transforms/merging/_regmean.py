@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from mtl_jax import tree
 from mtl_jax._checks import named_leaves, number
+from mtl_jax._lapack import stacked
 from mtl_jax.transforms.merging import _compose, _spectral
 
 Capture = Callable[[Any, Any], Any]
@@ -307,12 +308,16 @@ def _solve(x, gram, weights, alpha, jitter, view, layout):
     roots = jnp.where(seen, jax.lax.rsqrt(jnp.where(seen, diagonal + more, 1)), 0)
     scaled = total * roots[..., None] * roots[..., None, :]
     scaled = jnp.where(eye[0] > 0, 1, scaled)
-    factor = jnp.linalg.cholesky(scaled)
+    factor = stacked(jnp.linalg.cholesky, scaled)
     least = jnp.square(jnp.diagonal(factor, axis1=-2, axis2=-1)).min(-1)
     fits = (least > side * jnp.finfo(wide).eps) & (diagonal >= 0).all(-1)
-    moved = jax.scipy.linalg.cho_solve((factor, True), target * roots[..., None])
+    moved = stacked(_solved, factor, target * roots[..., None])
     merged = jnp.where(fits[..., None, None], mean + moved * roots[..., None], jnp.nan)
     return _spectral.from_matrices(merged, x, turned), fits.all()
+
+
+def _solved(factor, target):
+    return jax.scipy.linalg.cho_solve((factor, True), target)
 
 
 def _refuse_singular(name, flags):

@@ -267,7 +267,7 @@ def _centred(x):
 @jax.jit
 def _errors(x):
     """[T, ..., positions, r] -> [min(r, T) + 1]."""
-    squares = jnp.linalg.svd(_centred(x)[1], compute_uv=False) ** 2
+    squares = _spectral.values(_centred(x)[1]) ** 2
     each = squares.reshape(-1, squares.shape[-1]).sum(0)
     return jnp.append(jnp.cumsum(each[::-1])[::-1], 0)
 

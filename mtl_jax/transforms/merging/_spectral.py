@@ -1,4 +1,4 @@
-"""Matrices of a task tree, their singular vectors, and their nearest isometries.
+"""Matrices of a task tree, and their singular vectors.
 
 A spectral merge is one function of a stack of matrices: which leaves are matrices, how
 leaves of more axes are seen as such, and what becomes of the others is decided here.
@@ -11,22 +11,24 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mtl_jax import tree
 from mtl_jax._checks import named_leaves
+from mtl_jax._lapack import stacked
 from mtl_jax.transforms.merging import _compose
 
 Matrices = Callable[[str, tuple[int, ...]], Any] | None
 Layout = Literal["in_out", "out_in"]
 Svd = Literal["svd", "gram"]
 TopSvd = Literal["svd", "gram", "sketch"]
-Polar = Literal["svd", "gram", "newton"]
-LAYOUT, SVD, TOP_SVD, POLAR = map(get_args, (Layout, Svd, TopSvd, Polar))
+LAYOUT, SVD, TOP_SVD = map(get_args, (Layout, Svd, TopSvd))
 
-# Smallest singular value, relative to the largest, that quick polar factors bring to 1.
-_NEWTON_LOW, _HALLEY_LOW = 1e-4, 3e-5
-_HALLEY_STEPS, _POWER_STEPS, _OVERSAMPLE = 2, 2, 16
+# Of a sketch: blocks of vectors, and how many more than half the rank are in each.
+_STEPS, _SPARE = 5, 16
+# Squares of norms of rows from which a direction is there, and is orthonormal.
+_THERE, _UNIT = 0.3, 0.99
+# Matrices up to this side are left to LAPACK.
+_WHOLE = 256
 
 
 class View(NamedTuple):
@@ -172,9 +174,10 @@ def svd(
       method: "svd" is LAPACK's or the backend's. "gram" takes one side from the
         eigenvectors of the smaller of x x^T and x^T x: several times faster, but
         vectors of singular values below about 3e-4 of the largest (float32) are mixed
-        with each other. "sketch" does the same in a random subspace of twice as many,
-        and 16, found by two power steps with shifts: for a few of many singular values
-        that fall.
+        with each other. "sketch" does the same in a subspace of five blocks, each of
+        half as many vectors, and 16, random ones and what x x^T makes of them: for a
+        few of many singular values that fall. Of equal values it may miss some: those
+        beyond the vectors of a block.
 
     Returns:
       u [..., m, rank], s [..., rank] descending, v^T [..., rank, n].
@@ -182,71 +185,116 @@ def svd(
     m, n = x.shape[-2:]
     rank = min(m, n) if rank is None else rank
     if method == "svd":
-        u, s, vt = jnp.linalg.svd(x, full_matrices=False)
-    elif method == "gram" or (width := 2 * rank + _OVERSAMPLE) >= min(m, n):
+        u, s, vt = stacked(_thin_svd, x)
+    elif method == "gram" or _STEPS * (block := rank // 2 + _SPARE) >= min(m, n):
         u, s, vt = _gram_svd(x, rank)
     else:
-        q = _leading(x, width)
-        u, s, vt = _gram_svd(matmul(transpose(q), x), rank)
-        u = matmul(q, u)
+        q, right = _krylov(x, block)
+        u, s, vt = _gram_svd(right, rank)
+        u = matmul(transpose(q), u)
     u, s, vt = u[..., :rank], s[..., :rank], vt[..., :rank, :]
     real = s > _rounding(max(m, n), x.dtype) * s[..., :1]
     one = real.astype(x.dtype)
     return u * one[..., None, :], s * one, vt * one[..., None]
 
 
+def _thin_svd(x):
+    return tuple(jnp.linalg.svd(x, full_matrices=False))
+
+
+def values(x: jax.Array) -> jax.Array:
+    """All singular values, descending: [..., m, n] -> [..., min(m, n)]."""
+    return stacked(jnp.linalg.svdvals, x)
+
+
 def _rounding(side: int, dtype: Any) -> float:
     """Singular values up to this share of the largest are taken for rounding.
 
-    Rounding errors are random: their norm grows with the root of the side. The side
-    itself, as in NumPy's `matrix_rank`, is 1.2e-4 at 1024 in float32, and the smallest
+    Rounding errors are random: their norm grows with the root of the side. Measured in
+    float32 at sides of 32 to 1024: at most 5 eps, 17 in sums of which most cancels. The
+    side itself, as in NumPy's `matrix_rank`, is 1.2e-4 at 1024, and the smallest
     singular value of one square random matrix in four is less.
     """
-    return min(side, 4 * math.sqrt(side)) * float(jnp.finfo(dtype).eps)
+    return (8 + math.sqrt(side)) * float(jnp.finfo(dtype).eps)
 
 
-def _leading(x, width):
-    """A basis [..., m, width] of about the leading left singular vectors.
+def _krylov(x, block):
+    """Orthonormal rows q [..., w, m], near the leading left vectors, and q x.
 
-    Power steps with shifts, x x^T - r, whose product is the Chebyshev polynomial that
-    is small on [0, b], where b is the smallest Ritz value of the first step.
+    Random vectors y x^T, and what x x^T makes of them in a few steps: the span of all
+    steps has more of the leading vectors than the last of as many products with x.
     """
-    y = matmul(x, jax.random.normal(jax.random.key(0), (x.shape[-1], width), x.dtype))
-    # Chebyshev's roots on [0, 1].
-    roots = np.sin(np.pi * (np.arange(_POWER_STEPS) + 0.5) / (2 * _POWER_STEPS)) ** 2
-    top = None
-    for root in roots.tolist():
-        # Kept as rows, since x^T y is slow on CPUs.
-        left = orthonormal_rows(transpose(y))
-        right = matmul(left, x)
-        gram = matmul(right, transpose(right))
-        if top is None:
-            top = jnp.linalg.eigvalsh(gram)[..., :1, None]
-        scale = _whitener(gram)
-        y = matmul(x, transpose(matmul(scale, right)))
-        y = y - root * top * transpose(matmul(scale, left))
-    # Twice, as of small ones once leaves something of the large ones in them.
-    return transpose(orthonormal_rows(orthonormal_rows(transpose(y))))
+    m, n = x.shape[-2:]
+    keys = jax.random.split(jax.random.key(0), _STEPS + 1)
+    rows = jax.random.normal(keys[0], (*x.shape[:-2], block, n), x.dtype)
+    blocks = []
+    for key in keys[1:]:
+        # As rows x^T, at half the time on CPUs.
+        y = transpose(matmul(x, transpose(rows)))
+        spans = [z for z, _ in blocks]
+        spare = jax.random.normal(key, (block, m), x.dtype) / math.sqrt(m)
+        y = _beyond(y, spans, spare)
+        right = matmul(y, x)
+        blocks.append((y, right))
+        rows = orthonormal_rows(right)
+    q, right = (jnp.concatenate(parts, -2) for parts in zip(*blocks, strict=True))
+    return q, right
 
 
-def orthonormal_rows(x: jax.Array) -> jax.Array:
+def _beyond(y, spans, spare):
+    """Orthonormal rows of what of y [..., b, m] is orthogonal to blocks of such rows.
+
+    Directions that are there but for rounding become random ones.
+    """
+    # Twice, as of small ones once leaves something of the large ones in them; the first
+    # time from the last two blocks, since all others it is orthogonal to but for that.
+    tries = ((spans[-2:], _THERE, spare), (spans, _UNIT, jnp.zeros_like(spare)))
+    for blocks, least, other in tries:
+        size = jnp.sum(y * y, (-2, -1))
+        if blocks:
+            q = jnp.concatenate(blocks, -2)
+            y = y - matmul(matmul(y, transpose(q)), q)
+        y = orthonormal_rows(y, size)
+        there = jnp.sum(y * y, -1, keepdims=True) > least
+        y = jnp.where(there, y, jnp.broadcast_to(other, y.shape))
+    return y
+
+
+def orthonormal_rows(x: jax.Array, size: jax.Array | None = None) -> jax.Array:
     """Rows orthogonal to those before, of norm 1 but for small ones: [..., m, n].
 
     By Cholesky's factor of the Gramian, lifted so that it exists: products of matrices
     for the most part, several times faster than Householder's reflections.
+
+    Args:
+      x: [..., m, n].
+      size: [...], sum of squares that rounding errors go with; that of x by default.
     """
-    return matmul(_whitener(matmul(x, transpose(x))), x)
-
-
-def _whitener(gram):
-    """The inverse of Cholesky's factor."""
-    size = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
+    gram = matmul(x, transpose(x))
+    size = jnp.trace(gram, axis1=-2, axis2=-1) if size is None else size
     lift = jnp.where(size > 0, jnp.finfo(gram.dtype).eps * size, 1)
-    return _inverse_factor(gram + lift * identity(gram))
+    lifted = gram + lift[..., None, None] * identity(gram)
+    return matmul(inverse_factor(lifted), x)
 
 
-def _inverse_factor(gram):
-    factor, one = jnp.linalg.cholesky(gram), identity(gram)
+def inverse_factor(gram):
+    """The inverse of Cholesky's factor, in halves, which are products of matrices."""
+    side = gram.shape[-1]
+    if side <= _WHOLE:
+        return stacked(_triangular_inverse, stacked(jnp.linalg.cholesky, gram))
+    half = side // 2
+    first = inverse_factor(gram[..., :half, :half])
+    below = matmul(gram[..., half:, :half], transpose(first))
+    rest = gram[..., half:, half:] - matmul(below, transpose(below))
+    second = inverse_factor(rest)
+    corner = -matmul(matmul(second, below), first)
+    zero = jnp.zeros_like(transpose(corner))
+    top = jnp.concatenate([first, zero], -1)
+    return jnp.concatenate([top, jnp.concatenate([corner, second], -1)], -2)
+
+
+def _triangular_inverse(factor):
+    one = identity(factor)
     return jax.lax.linalg.triangular_solve(factor, one, left_side=True, lower=True)
 
 
@@ -260,101 +308,7 @@ def _gram_svd(x, rank):
         u, s, vt = _gram_svd(transpose(x), rank)
         return transpose(vt), s, transpose(u)
     # Norms of the rows are more accurate than roots of eigenvalues.
-    u = jnp.linalg.eigh(matmul(x, transpose(x)))[1][..., ::-1][..., :rank]
+    u = stacked(jnp.linalg.eigh, matmul(x, transpose(x)))[1][..., ::-1][..., :rank]
     rows = matmul(transpose(u), x)
     s = jnp.linalg.norm(rows, axis=-1)
     return u, s, rows * inverse(s)[..., None]
-
-
-def polar(x: jax.Array, method: Polar = "svd") -> jax.Array:
-    """The nearest partial isometry, u v^T over the singular values that are not 0.
-
-    Args:
-      x: [..., m, n].
-      method: "svd" drops singular values that are rounding (`_rounding`). "gram", two
-        steps of Halley's iteration by Cholesky's factors and one of Newton-Schulz, and
-        "newton", matrix products alone, bring singular values below about 1e-4 of the
-        largest ("gram" 3e-5) only part of the way, the others to 1 within about 1e-3.
-
-    Returns:
-      [..., m, n]; zeros where x is zero.
-    """
-    if x.shape[-2] < x.shape[-1]:
-        return transpose(polar(transpose(x), method))
-    if method == "svd":
-        u, _, vt = svd(x)
-        return matmul(u, vt)
-    # |(x^T x)^2|_F^(1/4) is at least the largest singular value, and close to it.
-    y = x * inverse(jnp.linalg.norm(x, axis=(-2, -1), keepdims=True))
-    gram = matmul(transpose(y), y)
-    top = jnp.linalg.norm(matmul(gram, gram), axis=(-2, -1), keepdims=True) ** 0.25
-    y, gram = y * inverse(top), gram * inverse(top) ** 2
-    if method == "newton":
-        steps = jnp.asarray(_newton_steps(_NEWTON_LOW), x.dtype)
-        return jax.lax.scan(lambda y, c: (_step(y, c), None), y, steps)[0]
-    halley, last = _halley_steps(_HALLEY_LOW)
-    for i, (a, b, c) in enumerate(halley):
-        gram = matmul(transpose(y), y) if i else gram
-        z = _inverse_factor(c * gram + identity(gram))
-        y = b / c * y + (a - b / c) * matmul(matmul(y, transpose(z)), z)
-    return _step(y, last)
-
-
-def _step(x, coefficients):
-    """A x + b x (x^T x) + c x (x^T x)^2."""
-    a, b, c = coefficients
-    gram = matmul(transpose(x), x)
-    square = matmul(gram, gram) if not isinstance(c, float) or c else 0.0
-    return a * x + matmul(x, b * gram + c * square)
-
-
-@functools.cache
-def _halley_steps(low: float) -> tuple[list[tuple[float, ...]], tuple[float, ...]]:
-    """Rational x (a + b x^2) / (1 + c x^2) that take [low, 1] near 1; a quintic after.
-
-    Follows: Nakatsukasa, Bai & Gygi 2010, "Optimizing Halley's iteration", eq. 3.9.
-    """
-    steps = []
-    for _ in range(_HALLEY_STEPS):
-        square = low * low
-        d = (4 * (1 - square) / square**2) ** (1 / 3)
-        root = math.sqrt(1 + d)
-        a = root + math.sqrt(8 - 4 * d + 8 * (2 - square) / (square * root)) / 2
-        b = (a - 1) ** 2 / 4
-        c = a + b - 1
-        low *= (a + b * square) / (1 + c * square)
-        steps.append((a, b, c))
-    return steps, tuple(float(c) for c in _minimax(low)[0])
-
-
-@functools.cache
-def _newton_steps(low: float) -> tuple[tuple[float, float, float], ...]:
-    """Odd quintics that bring [low, 1] to 1: each the minimax one of what is left.
-
-    Follows: Amsel et al. 2025, "The Polar Express", by an exchange algorithm.
-    """
-    steps = []
-    while low < 0.9:
-        step, error = _minimax(low)
-        top = 1.01 * (
-            1 + error
-        )  # Above 1 the slope is steep: rounding must not get there.
-        steps.append(tuple(float(c) / top for c in step))
-        low = (1 - error) / top
-    return (*steps, *[(1.875, -1.25, 0.375)] * 2)
-
-
-def _minimax(low: float) -> tuple[np.ndarray, float]:
-    """(a, b, c) and max |1 - a x - b x^3 - c x^5| on [low, 1], at its smallest."""
-    inner = low + (1 - low) * np.array([0.25, 0.75])
-    signs = np.array([1.0, -1.0, 1.0, -1.0])
-    for _ in range(60):
-        points = np.array([low, *inner, 1.0])
-        system = np.stack([points, points**3, points**5, signs], 1)
-        *step, error = np.linalg.solve(system, np.ones(4))
-        a, b, c = step
-        root = math.sqrt(max(9 * b * b - 20 * a * c, 0.0))
-        inner = np.sort(
-            np.sqrt([(-3 * b - root) / (10 * c), (-3 * b + root) / (10 * c)])
-        )
-    return np.array(step), abs(float(error))

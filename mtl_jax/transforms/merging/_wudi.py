@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_jax._checks import number
+from mtl_jax._lapack import stacked
 from mtl_jax.transforms.merging import _compose, _learning, _spectral
 
 SOLVERS = ("adam", "exact")
@@ -91,7 +92,7 @@ def _merge(x, solver, steps, rate):
     inputs = squares.sum(0)
     start, target = x.sum(0), _spectral.matmul(x, squares).sum(0)
     if solver == "exact":
-        values, vectors = jnp.linalg.eigh(inputs)
+        values, vectors = stacked(jnp.linalg.eigh, inputs)
         real = values > 1e-6 * values[..., -1:]
         roots = jnp.where(real, _spectral.inverse(jnp.where(real, values, 0)), 0)
         error = _spectral.matmul(target - _spectral.matmul(start, inputs), vectors)

@@ -174,10 +174,13 @@ def _best_vertex(goal, rows, bounds):
     ones = jnp.ones((len(chosen), 1, count))
     systems = jnp.concatenate([rows[index], ones], 1)
     sides = jnp.concatenate([bounds[index], jnp.ones((len(chosen), 1))], 1)
-    known = jnp.isfinite(sides).all(1) & (jnp.abs(jnp.linalg.det(systems)) > 1e-7)
-    safe = jnp.where(known[:, None, None], systems, jnp.eye(count)[None])
+    # One factorisation for both; determinants are products of its diagonal.
+    factors, order = jax.scipy.linalg.lu_factor(systems)
+    volumes = jnp.prod(jnp.diagonal(factors, axis1=-2, axis2=-1), axis=-1)
+    known = jnp.isfinite(sides).all(1) & (jnp.abs(volumes) > 1e-7)
+    factors = jnp.where(known[:, None, None], factors, jnp.eye(count)[None])
     sides = jnp.where(known[:, None], sides, 0)
-    points = jnp.linalg.solve(safe, sides[..., None])[..., 0]
+    points = jax.scipy.linalg.lu_solve((factors, order), sides[..., None])[..., 0]
     slack = jnp.matmul(points, rows.T, precision="highest") - bounds[None]
     fits = known & (slack >= -1e-5).all(1)
     best = jnp.argmax(jnp.where(fits, points @ goal, -jnp.inf))

@@ -1,4 +1,4 @@
-"""Singular vectors, polar factors and the matrices of a tree."""
+"""Singular vectors and the matrices of a tree."""
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +18,11 @@ def falling(seed, m, n, last):
     return u * np.geomspace(1, last, min(m, n)) @ vt
 
 
-def exact_polar(x):
-    u, _, vt = np.linalg.svd(x, full_matrices=False)
-    return u @ vt
-
-
 def error(got, want):
     return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
 svd = jax.jit(_spectral.svd, static_argnums=(1, 2))
-polar = jax.jit(_spectral.polar, static_argnums=1)
 
 
 @pytest.mark.parametrize("method", ["svd", "gram"])
@@ -54,11 +48,43 @@ def test_a_gram_loses_the_vectors_of_small_values_and_no_more():
     np.testing.assert_allclose(near, np.eye(large.sum()), atol=2e-2)
 
 
-def test_a_sketch_finds_the_leading_part():
-    x = falling(1, 60, 50, 1e-5)
-    u, s, vt = map(np.asarray, svd(jnp.asarray(x, jnp.float32), 8, "sketch"))
+@pytest.mark.parametrize("shape", [(160, 130), (130, 160)])
+@pytest.mark.parametrize("rank", [8, 12])
+def test_a_sketch_finds_the_leading_part(shape, rank):
+    x = falling(1, *shape, 1e-5)
+    u, s, vt = map(np.asarray, svd(jnp.asarray(x, jnp.float32), rank, "sketch"))
     left, values, right = np.linalg.svd(x, full_matrices=False)
-    assert error(u * s @ vt, left[:, :8] * values[:8] @ right[:8]) < 1e-2
+    assert error(u * s @ vt, left[:, :rank] * values[:rank] @ right[:rank]) < 1e-3
+    for side in (u.T @ u, vt @ vt.T):
+        np.testing.assert_allclose(side, np.eye(rank), atol=1e-4)
+
+
+def test_a_sketch_beats_the_last_step_alone_where_values_hardly_fall():
+    u, _, vt = np.linalg.svd(draw(1, 200, 200))
+    values = np.arange(1, 201) ** -0.4
+    found = svd(jnp.asarray(u * values @ vt, jnp.float32), 20, "sketch")
+    # Five steps of as many products with 31 vectors find 0.11 less.
+    np.testing.assert_allclose(found[1], values[:20], rtol=0.02)
+
+
+@pytest.mark.parametrize("count", [20, 130])
+def test_a_sketch_of_equal_values(count):
+    # More of them than vectors in a block: what is found is right, and orthogonal.
+    u, _, vt = np.linalg.svd(draw(2, 130, 130))
+    x = np.stack([u[:, :count] @ vt[:count], np.zeros((130, 130))])
+    found = svd(jnp.asarray(x, jnp.float32), 16, "sketch")
+    u, s, vt = map(np.asarray, found)
+    np.testing.assert_allclose(s, np.stack([np.ones(16), np.zeros(16)]), atol=1e-4)
+    np.testing.assert_allclose(u[0].T @ u[0], np.eye(16), atol=1e-4)
+    np.testing.assert_allclose(x[0] @ vt[0].T, u[0], atol=1e-4)
+    assert not u[1].any() and not vt[1].any()
+
+
+def test_a_sketch_of_less_than_a_block():
+    x = draw(3, 130, 3) @ draw(4, 3, 130)
+    u, s, vt = map(np.asarray, svd(jnp.asarray(x, jnp.float32), 8, "sketch"))
+    assert error(u * s @ vt, x) < 1e-4
+    assert (s > 0).sum() == 3
 
 
 @pytest.mark.parametrize("method", ["svd", "gram"])
@@ -70,39 +96,14 @@ def test_directions_that_are_not_there_are_zeros(method):
     assert not u[:, :, 1:].any() and not vt[:, 1:].any() and not u[1].any()
 
 
-@pytest.mark.parametrize(
-    ("method", "last", "bound"),
-    [
-        ("svd", 1e-3, 1e-3),
-        ("gram", 1e-3, 2e-2),
-        ("newton", 1e-3, 2e-2),
-        ("gram", 0.2, 1e-3),
-        ("newton", 0.2, 1e-3),
-    ],
-)
-@pytest.mark.parametrize("shape", [(12, 12), (20, 8), (8, 20)])
-def test_polar_factors(method, last, bound, shape):
-    x = falling(2, *shape, last)
-    got = np.asarray(polar(jnp.asarray(x, jnp.float32), method))
-    assert error(got, exact_polar(x)) < bound
-    scaled = polar(jnp.asarray(1e4 * x, jnp.float32), method)
-    assert error(np.asarray(scaled), exact_polar(x)) < bound
-
-
-@pytest.mark.parametrize("method", ["svd", "gram", "newton"])
-def test_polar_of_low_rank_is_a_partial_isometry(method):
-    x = draw(3, 10, 3) @ draw(4, 3, 8)
-    u, _, vt = np.linalg.svd(x)
-    got = np.asarray(polar(jnp.asarray(x, jnp.float32), method))
-    assert error(got, u[:, :3] @ vt[:3]) < 1e-2
-    assert not np.asarray(polar(jnp.zeros((2, 4, 3)), method)).any()
-
-
-def test_newton_brings_every_value_near_one():
-    x = np.geomspace(1e-4, 1, 500)
-    for a, b, c in _spectral._newton_steps(1e-4):
-        x = a * x + b * x**3 + c * x**5
-    np.testing.assert_allclose(x, 1, atol=1e-6)
+@pytest.mark.parametrize("side", [256, 257, 700])
+def test_inverse_factors_in_halves(side):
+    x = draw(0, 2, side, side)
+    gram = x @ x.swapaxes(1, 2) + side * np.eye(side)
+    found = jax.jit(_spectral.inverse_factor)(jnp.asarray(gram, jnp.float32))
+    wanted = np.linalg.inv(np.linalg.cholesky(gram))
+    assert error(np.asarray(found), wanted) < 1e-5
+    assert not np.triu(found, 1).any()
 
 
 def test_views_by_shape_rule_and_kind():
@@ -135,9 +136,9 @@ def test_views_by_shape_rule_and_kind():
 def test_small_directions_are_there_and_rounding_is_not(side):
     u, _, vt = np.linalg.svd(draw(5, side, side))
     values = np.ones(side)
-    values[-1] = 1.5e-5
-    x = u * values @ vt
-    assert error(np.asarray(polar(jnp.asarray(x, jnp.float32), "svd")), u @ vt) < 5e-3
+    values[-1] = 6e-6
+    full = jnp.asarray(u * values @ vt, jnp.float32)
+    assert (svd(full, None, "svd")[1] > 0).all()
     values[-side // 4 :] = 0
     low = jnp.asarray(u * values @ vt, jnp.float32)
     assert int((svd(low, None, "svd")[1] > 0).sum()) == side - side // 4

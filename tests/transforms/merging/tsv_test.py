@@ -57,9 +57,9 @@ def test_matches_algorithm_1(svd, polar, tolerance, shape):
 
 def test_a_sketch_finds_the_leading_directions():
     rng = np.random.default_rng(0)
-    x = draw(0, 2, (48, 40))
+    x = draw(0, 10, (150, 140))
     u, _, vt = np.linalg.svd(x, full_matrices=False)
-    x = u * np.geomspace(1, 1e-4, 40) @ vt * rng.uniform(1, 2, (2, 1, 1))
+    x = u * np.geomspace(1, 1e-4, 140) @ vt * rng.uniform(1, 2, (10, 1, 1))
     close(merged(x, svd="sketch"), oracle(x), 1e-2)
 
 
