@@ -1,6 +1,7 @@
 import json
 import pathlib
 import re
+import subprocess
 import sys
 import types
 
@@ -237,3 +238,10 @@ def test_help_has_examples(capsys, command):
         cli.main([command, "--help"])
     assert stop.value.code == 0
     assert f"mtl-jax {command}" in capsys.readouterr().out.split("examples:")[1]
+
+
+def test_runs_as_a_module():
+    command = [sys.executable, "-m", "mtl_jax", "show", "ties"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("mtl-jax show: ")

@@ -43,6 +43,7 @@ _MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "vit-b/32": (ViT, {"patch_size": 32, **SIZES["b"]}),
     "vit-b/16": (ViT, {"patch_size": 16, **SIZES["b"]}),
     "vit-l/14": (ViT, {"patch_size": 14, **SIZES["l"]}),
+    "vit-l/16": (ViT, {"patch_size": 16, **SIZES["l"]}),
     "clip-vit-b/32": (
         ViT,
         {"patch_size": 32, "projection": 512, **SIZES["b"], **CLIP_OPTIONS},
