@@ -1,11 +1,13 @@
-"""Decompositions of stacked matrices that return on every jaxlib.
+"""Decompositions of stacked matrices, without a deadlock of some versions of jaxlib.
 
 From 0.10.0 to 0.11.0, jaxlib spreads a stack of matrices over the threads that run the
 program on CPUs, and every such call holds a thread until its stack is done. As many of
 them as there are threads, independent of each other in one program, wait for ever.
-There, matrices are decomposed one after another, as newer versions do by themselves.
+There, matrices are decomposed one after another, as newer versions do by themselves. An
+axis that `jax.vmap` adds is a stack again, of which nothing is known here.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +34,7 @@ def stacked(fn: Callable[..., Any], *stacks: jax.Array) -> Any:
 
     def in_turn(*stacks):
         lead = stacks[0].shape[:-2]
-        flat = [x.reshape(-1, *x.shape[-2:]) for x in stacks]
+        flat = [x.reshape(math.prod(lead), *x.shape[-2:]) for x in stacks]
         found = jax.lax.map(lambda each: fn(*each), flat)
         return jax.tree.map(lambda y: y.reshape(*lead, *y.shape[1:]), found)
 

@@ -34,6 +34,25 @@ for _ in range(5):
 """
 
 
+PARETO = """
+import jax, jax.numpy as jnp
+from mtl_jax import routing
+
+x = jax.random.normal(jax.random.key(0), (6, 9))
+losses, ray = jnp.arange(1.0, 7), jnp.full(6, 1 / 6)
+
+
+@jax.jit
+def step(x):
+    grams = [jnp.matmul(x, x.T) + i for i in range(6)]
+    return [routing.epo_weights(gram, losses, ray) for gram in grams]
+
+
+for _ in range(5):
+    jax.block_until_ready(step(x))
+"""
+
+
 def positive(*shape):
     x = jax.random.normal(jax.random.key(0), shape)
     eye = jnp.broadcast_to(jnp.eye(shape[-1]), shape)
@@ -77,9 +96,18 @@ def test_derivatives_and_vmap(in_turn):
         )
 
 
-@pytest.mark.parametrize("names", [("eigh",), ("qr",), ("svd",), ("cholesky", "eigh")])
-def test_many_independent_stacks_return(names):
+@pytest.mark.parametrize(
+    ("code", "names"),
+    [
+        (MANY, ("eigh",)),
+        (MANY, ("qr",)),
+        (MANY, ("svd",)),
+        (MANY, ("cholesky", "eigh")),
+        (PARETO, ()),
+    ],
+)
+def test_many_independent_stacks_return(code, names):
     # jaxlib 0.10.2 waits for ever where these are called with stacks.
     flags = {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", MANY, *names]
+    command = [sys.executable, "-c", code, *names]
     subprocess.run(command, env=os.environ | flags, check=True, timeout=200)

@@ -174,15 +174,33 @@ def _best_vertex(goal, rows, bounds):
     ones = jnp.ones((len(chosen), 1, count))
     systems = jnp.concatenate([rows[index], ones], 1)
     sides = jnp.concatenate([bounds[index], jnp.ones((len(chosen), 1))], 1)
-    # One factorisation for both; determinants are products of its diagonal.
-    factors, order = jax.scipy.linalg.lu_factor(systems)
-    volumes = jnp.prod(jnp.diagonal(factors, axis1=-2, axis2=-1), axis=-1)
-    known = jnp.isfinite(sides).all(1) & (jnp.abs(volumes) > 1e-7)
-    factors = jnp.where(known[:, None, None], factors, jnp.eye(count)[None])
-    sides = jnp.where(known[:, None], sides, 0)
-    points = jax.scipy.linalg.lu_solve((factors, order), sides[..., None])[..., 0]
+    bounded = jnp.isfinite(sides).all(1)
+    points, volumes = _solved(systems, jnp.where(bounded[:, None], sides, 0))
+    known = bounded & (volumes > 1e-7)
+    points = jnp.where(known[:, None], points, 0)
     slack = jnp.matmul(points, rows.T, precision="highest") - bounds[None]
     fits = known & (slack >= -1e-5).all(1)
     best = jnp.argmax(jnp.where(fits, points @ goal, -jnp.inf))
     point = jnp.maximum(points[best], 0)
     return point / point.sum(), fits.any()
+
+
+def _solved(systems, sides):
+    """Solutions [S, n] of systems [S, n, n], and the sizes of their determinants [S].
+
+    Gauss and Jordan's elimination with row pivots, all systems at once: for a few
+    unknowns quicker than LAPACK, whose calls of stacks may wait for ever: `_lapack`.
+    """
+    count = sides.shape[-1]
+    rows = jnp.arange(count)[None, :, None]
+    a = jnp.concatenate([systems, sides[..., None]], -1)
+    volumes = jnp.ones_like(sides[:, 0])
+    for i in range(count):
+        pivot = i + jnp.argmax(jnp.abs(a[:, i:, i]), 1)[:, None, None]
+        top = jnp.where(rows == pivot, a, 0).sum(1, keepdims=True)
+        a = jnp.where(rows == pivot, a[:, i : i + 1], a)
+        size = top[..., i : i + 1]
+        volumes *= jnp.abs(size[:, 0, 0])
+        top = top / jnp.where(size == 0, 1, size)
+        a = jnp.where(rows == i, top, a - a[..., i : i + 1] * top)
+    return a[..., -1], volumes

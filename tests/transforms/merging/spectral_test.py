@@ -67,9 +67,9 @@ def test_a_sketch_beats_the_last_step_alone_where_values_hardly_fall():
     np.testing.assert_allclose(found[1], values[:20], rtol=0.02)
 
 
-@pytest.mark.parametrize("count", [20, 130])
+@pytest.mark.parametrize("count", [20, 30, 130])
 def test_a_sketch_of_equal_values(count):
-    # More of them than vectors in a block: what is found is right, and orthogonal.
+    # Fewer and more of them than the 24 vectors of a block.
     u, _, vt = np.linalg.svd(draw(2, 130, 130))
     x = np.stack([u[:, :count] @ vt[:count], np.zeros((130, 130))])
     found = svd(jnp.asarray(x, jnp.float32), 16, "sketch")
@@ -132,13 +132,40 @@ def test_views_by_shape_rule_and_kind():
         _spectral.views("f", taus, lambda name, _: name == "bias")
 
 
+@pytest.mark.parametrize("method", ["svd", "gram"])
+@pytest.mark.parametrize("side", [32, 64, 400])
+def test_rounding_is_not_a_direction(side, method):
+    rank = side // 2 if method == "gram" and side == 32 else 3 * side // 4
+    x = draw(0, 5, side, rank) @ draw(1, 5, rank, side)
+    found = svd(jnp.asarray(x, jnp.float32), None, method)[1]
+    assert ((found > 0).sum(-1) == rank).all()
+
+
 @pytest.mark.parametrize("side", [64, 400])
-def test_small_directions_are_there_and_rounding_is_not(side):
+def test_small_directions_are_there(side):
     u, _, vt = np.linalg.svd(draw(5, side, side))
     values = np.ones(side)
     values[-1] = 6e-6
     full = jnp.asarray(u * values @ vt, jnp.float32)
     assert (svd(full, None, "svd")[1] > 0).all()
-    values[-side // 4 :] = 0
-    low = jnp.asarray(u * values @ vt, jnp.float32)
-    assert int((svd(low, None, "svd")[1] > 0).sum()) == side - side // 4
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+@pytest.mark.parametrize("method", ["svd", "gram", "sketch"])
+def test_sizes_of_which_no_square_exists(size, method):
+    x = falling(0, 130, 130, 1e-3)
+    u, s, vt = svd(jnp.asarray(size * x, jnp.float32), 8, method)
+    want = svd(jnp.asarray(x, jnp.float32), 8, method)
+    np.testing.assert_allclose(s / size, want[1], rtol=1e-4)
+    np.testing.assert_allclose(abs(u * want[0]).sum(0), 1, rtol=1e-3)
+    np.testing.assert_allclose(abs(vt * want[2]).sum(1), 1, rtol=1e-3)
+
+
+def test_a_sketch_of_few_large_values():
+    u, _, vt = np.linalg.svd(draw(0, 400, 400))
+    values = np.full(400, 1e-2)
+    values[:5] = 1
+    found = svd(jnp.asarray(u * values @ vt, jnp.float32), 100, "sketch")
+    u, s, _ = map(np.asarray, found)
+    np.testing.assert_allclose(u.T @ u, np.eye(100), atol=1e-3)
+    np.testing.assert_allclose(s, values[:100], rtol=1e-3)
