@@ -23,13 +23,16 @@ Svd = Literal["svd", "gram"]
 TopSvd = Literal["svd", "gram", "sketch"]
 LAYOUT, SVD, TOP_SVD = map(get_args, (Layout, Svd, TopSvd))
 
-# Of a sketch: blocks of vectors, and how many more than half the rank are in each.
-_STEPS, _SPARE = 5, 16
+# Of a sketch: blocks of vectors; in each a share of the rank, and some more.
+_STEPS, _SHARE, _SPARE = 8, 4, 12
 # Squares of norms of rows from which a direction is there, and is orthonormal.
 _THERE, _UNIT = 0.3, 0.99
 # Of Gramians, how many times as much is rounding: up to 69 eps were found at a side of
 # 64 and three quarters of the rank.
 _GRAM = 8
+# Eps of its norm that give a Gramian a Cholesky factor: up to 3.7 were needed, at sides
+# of 32 to 3000 and ranks of 1 to half of that.
+_FACTORED = 8
 # Matrices up to this side are left to LAPACK.
 _WHOLE = 256
 
@@ -186,9 +189,9 @@ def svd(
       method: "svd" is LAPACK's or the backend's. "gram" takes one side from the
         eigenvectors of the smaller of x x^T and x^T x: several times faster, but
         vectors of singular values below about 3e-4 of the largest (float32) are mixed
-        with each other. "sketch" does the same in a subspace of five blocks, each of
-        half as many vectors, and 16, random ones and what x x^T makes of them: for a
-        few of many singular values that fall. Of equal values it may miss some: those
+        with each other. "sketch" does the same in a subspace of eight blocks, each of
+        a quarter as many vectors, and 12, random ones and what x x^T makes of them: for
+        a few of many singular values that fall. Of equal values it may miss some: those
         beyond the vectors of a block.
 
     Returns:
@@ -198,7 +201,7 @@ def svd(
     rank = min(m, n) if rank is None else rank
     if method == "svd":
         u, s, vt = stacked(_thin_svd, x)
-    elif method == "gram" or _STEPS * (block := rank // 2 + _SPARE) >= min(m, n):
+    elif method == "gram" or _STEPS * (block := rank // _SHARE + _SPARE) >= min(m, n):
         unit = to_unit(x)
         u, s, vt = _gram_svd(unit * x, rank)
         s = s * inverse(unit)[..., 0]
@@ -247,7 +250,7 @@ def _krylov(x, block):
     for key in keys[1:]:
         # As rows x^T, at half the time on CPUs.
         y = unit * transpose(matmul(x, transpose(rows)))
-        spare = jax.random.normal(key, (block, m), x.dtype) / math.sqrt(m)
+        spare = jax.random.normal(key, y.shape, x.dtype) / math.sqrt(m)
         y = _beyond(y, [z for z, _ in blocks], spare)
         right = unit * matmul(y, x)
         blocks.append((y, right))
@@ -269,24 +272,25 @@ def _beyond(y, spans, spare):
             y = y - matmul(matmul(y, transpose(q)), q)
         y = orthonormal_rows(y, size)
         there = jnp.sum(y * y, -1, keepdims=True) > least
-        y = jnp.where(there, y, jnp.broadcast_to(other, y.shape))
+        y = jnp.where(there, y, other)
     return y
 
 
 def orthonormal_rows(x: jax.Array, size: jax.Array | None = None) -> jax.Array:
     """Rows orthogonal to those before, of norm 1 but for small ones: [..., m, n].
 
-    By Cholesky's factor of the Gramian, lifted so that it exists, but for hundreds of
-    rows of far lower rank (NaN): products of matrices for the most part, several times
-    faster than Householder's reflections.
+    By Cholesky's factor of the Gramian, lifted so that it exists: products of matrices
+    for the most part, several times faster than Householder's reflections.
 
     Args:
       x: [..., m, n].
-      size: [...], sum of squares that rounding errors go with; that of x by default.
+      size: [...], sum of squares that rounding errors go with, if not those of x.
     """
     gram = matmul(x, transpose(x))
-    size = jnp.trace(gram, axis1=-2, axis2=-1) if size is None else size
-    lift = jnp.where(size > 0, jnp.finfo(gram.dtype).eps * size, 1)
+    lift = _FACTORED * jnp.linalg.norm(gram, axis=(-2, -1))
+    if size is not None:
+        lift = jnp.maximum(lift, size)
+    lift = jnp.where(lift > 0, jnp.finfo(gram.dtype).eps * lift, 1)
     lifted = gram + lift[..., None, None] * identity(gram)
     return matmul(inverse_factor(lifted), x)
 

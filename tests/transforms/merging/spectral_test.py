@@ -63,21 +63,28 @@ def test_a_sketch_beats_the_last_step_alone_where_values_hardly_fall():
     u, _, vt = np.linalg.svd(draw(1, 200, 200))
     values = np.arange(1, 201) ** -0.4
     found = svd(jnp.asarray(u * values @ vt, jnp.float32), 20, "sketch")
-    # Five steps of as many products with 31 vectors find 0.11 less.
-    np.testing.assert_allclose(found[1], values[:20], rtol=0.02)
+    # The last of four steps of as many products, of 34 vectors each, has 0.017 less.
+    np.testing.assert_allclose(found[1], values[:20], rtol=1e-4)
 
 
 @pytest.mark.parametrize("count", [20, 30, 130])
 def test_a_sketch_of_equal_values(count):
-    # Fewer and more of them than the 24 vectors of a block.
+    # Little and far more of them than the 16 vectors of a block.
     u, _, vt = np.linalg.svd(draw(2, 130, 130))
     x = np.stack([u[:, :count] @ vt[:count], np.zeros((130, 130))])
     found = svd(jnp.asarray(x, jnp.float32), 16, "sketch")
     u, s, vt = map(np.asarray, found)
-    np.testing.assert_allclose(s, np.stack([np.ones(16), np.zeros(16)]), atol=1e-4)
-    np.testing.assert_allclose(u[0].T @ u[0], np.eye(16), atol=1e-4)
+    np.testing.assert_allclose(s, np.stack([np.ones(16), np.zeros(16)]), atol=5e-4)
+    np.testing.assert_allclose(u[0].T @ u[0], np.eye(16), atol=5e-4)
     np.testing.assert_allclose(x[0] @ vt[0].T, u[0], atol=1e-4)
     assert not u[1].any() and not vt[1].any()
+
+
+def test_random_directions_of_a_sketch_are_not_shared():
+    x = draw(3, 2, 700, 4) @ draw(4, 2, 4, 700)
+    q = _spectral._krylov(jnp.asarray(x, jnp.float32), 20)[0]
+    cosines = np.linalg.svd(q[0] @ q[1].T, compute_uv=False)
+    assert q.shape == (2, 160, 700) and cosines[0] < 0.97
 
 
 def test_a_sketch_of_less_than_a_block():
@@ -94,6 +101,14 @@ def test_directions_that_are_not_there_are_zeros(method):
     u, s, vt = map(np.asarray, svd(jnp.asarray(x, jnp.float32), None, method))
     np.testing.assert_allclose(s, [[3, 0, 0, 0], [0, 0, 0, 0]], atol=1e-6)
     assert not u[:, :, 1:].any() and not vt[:, 1:].any() and not u[1].any()
+
+
+@pytest.mark.parametrize("rank", [1, 8, 100])
+def test_orthonormal_rows_of_low_rank_are_finite(rank):
+    x = draw(6, 400, rank) @ draw(7, rank, 500)
+    rows = np.asarray(_spectral.orthonormal_rows(jnp.asarray(x, jnp.float32)))
+    values = np.linalg.svd(rows, compute_uv=False)
+    assert values[0] < 1.01 and values[int(0.9 * (rank - 1))] > 0.99
 
 
 @pytest.mark.parametrize("side", [256, 257, 700])
