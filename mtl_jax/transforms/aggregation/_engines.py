@@ -16,10 +16,10 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-from jax.experimental import layout as layouts
 
 from mtl_jax import tree
 from mtl_jax._checks import named_leaves
+from mtl_jax._strides import as_rows
 from mtl_jax.transforms import loops
 from mtl_jax.transforms.aggregation._base import gram_of
 
@@ -268,23 +268,8 @@ def task_rows(pullback: Pullback, losses: chex.Array, *, engine: str = "map") ->
     [[2.0, 0.0], [0.0, 2.0]]
     """
     if engine == "vmap":
-        return jax.tree.map(_as_rows, jax.vmap(pullback)(_basis(losses)))
+        return jax.tree.map(as_rows, jax.vmap(pullback)(_basis(losses)))
     return loops.scan(lambda _, e: ((), pullback(e)), (), _basis(losses))[1]
-
-
-def _as_rows(x: chex.Array) -> chex.Array:
-    """Laid out row by row on CPUs, where XLA would leave a batched product transposed.
-
-    Whatever reads the rows after it would take several times as long. The constraint
-    gathers what is sharded (jax 0.10.2), and one device shards nothing.
-    """
-    if jax.device_count() > 1:
-        return x
-
-    def constrained(x):
-        return layouts.with_layout_constraint(x, layouts.Layout(tuple(range(x.ndim))))
-
-    return jax.lax.platform_dependent(x, cpu=constrained, default=lambda x: x)
 
 
 def task_gramian(pullback: Pullback, losses: chex.Array) -> chex.Array:

@@ -22,8 +22,8 @@ Polar = Literal["svd", "gram", "newton"]
 POLAR = get_args(Polar)
 
 # Smallest singular value, relative to the largest, that quick polar factors bring to 1.
-# Halley's first c is then 1 / (9.7 eps): in float32, c g + 1 has a Cholesky factor where
-# rounding took eigenvalues of g below zero (`_spectral._FACTORED`).
+# Halley's first c is then 1 / (9.7 eps): in float32, c g + 1 has a Cholesky factor also
+# where rounding took eigenvalues of g below zero (`_spectral._FACTORED`).
 _NEWTON_LOW, _HALLEY_LOW = 1e-4, 5e-5
 _HALLEY_STEPS = 2
 
