@@ -127,15 +127,20 @@ def _slopes(pair, energy, spaces, svd):
     u, s, vt = _spectral.svd(pair, method=svd)
     lead = jnp.cumsum(s, -1) - s < energy * s.sum(-1, keepdims=True)
     squares = jnp.where(lead, s * s, 0)
+    left, right = u * squares[..., None, :], squares[..., None] * vt
+    # Of the smaller side one matrix does the work of two.
+    small = u.shape[-2] <= u.shape[-1], vt.shape[-1] <= vt.shape[-2]
+    left = _spectral.matmul(left, _spectral.transpose(u)) if small[0] else left
+    right = _spectral.matmul(_spectral.transpose(vt), right) if small[1] else right
 
     def slopes(merged):
         gap, pulled = merged[None] - pair, jnp.zeros_like(pair)
         if "u" in spaces:
-            inside = _spectral.matmul(_spectral.transpose(u), gap)
-            pulled += _spectral.matmul(u, squares[..., None] * inside)
+            inside = gap if small[0] else _spectral.matmul(_spectral.transpose(u), gap)
+            pulled += _spectral.matmul(left, inside)
         if "v" in spaces:
-            inside = _spectral.matmul(gap, _spectral.transpose(vt))
-            pulled += _spectral.matmul(inside * squares[..., None, :], vt)
+            inside = gap if small[1] else _spectral.matmul(gap, _spectral.transpose(vt))
+            pulled += _spectral.matmul(inside, right)
         return (gap * pulled).sum((-2, -1)), 2 * pulled
 
     return slopes
