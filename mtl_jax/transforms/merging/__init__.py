@@ -40,6 +40,7 @@ from mtl_jax.transforms.merging._della import della
 from mtl_jax.transforms.merging._doge import doge
 from mtl_jax.transforms.merging._dop import dop
 from mtl_jax.transforms.merging._emr import Emr, emr, emr_restore
+from mtl_jax.transforms.merging._evolution import CmaEs, CmaEsState, cma_es
 from mtl_jax.transforms.merging._expo import expo
 from mtl_jax.transforms.merging._fisher import (
     fisher,
@@ -47,6 +48,8 @@ from mtl_jax.transforms.merging._fisher import (
     squared_gradients,
 )
 from mtl_jax.transforms.merging._frank_wolfe import FrankWolfe, frank_wolfe
+from mtl_jax.transforms.merging._gossip import gossip, neighbours
+from mtl_jax.transforms.merging._grams import InputGram
 from mtl_jax.transforms.merging._iso import iso_c, iso_cts
 from mtl_jax.transforms.merging._karcher import karcher
 from mtl_jax.transforms.merging._knots import knots
@@ -63,14 +66,11 @@ from mtl_jax.transforms.merging._nearswap import nearswap
 from mtl_jax.transforms.merging._opcm import opcm
 from mtl_jax.transforms.merging._pcb import pcb
 from mtl_jax.transforms.merging._positioning import Position, positioner
+from mtl_jax.transforms.merging._pruning import sparse_gpt, wanda_masks
 from mtl_jax.transforms.merging._ram import ram, ram_plus
 from mtl_jax.transforms.merging._randes import randes, randes_restore
-from mtl_jax.transforms.merging._regmean import (
-    InputGram,
-    mean_grams,
-    regmean,
-    regmean_plus_plus,
-)
+from mtl_jax.transforms.merging._recombine import recombine
+from mtl_jax.transforms.merging._regmean import mean_grams, regmean, regmean_plus_plus
 from mtl_jax.transforms.merging._rmm import (
     RmmBank,
     rmm_basis,
@@ -89,6 +89,7 @@ from mtl_jax.transforms.merging._search import (
 )
 from mtl_jax.transforms.merging._slerp import slerp
 from mtl_jax.transforms.merging._slerp_chain import slerp_chain, slerp_chain_weights
+from mtl_jax.transforms.merging._sparse_low_rank import SparseLowRank, sparse_low_rank
 from mtl_jax.transforms.merging._surgery import Surgery, surgery, surgery_apply
 from mtl_jax.transforms.merging._svc import svc
 from mtl_jax.transforms.merging._tall_masks import (
@@ -112,6 +113,8 @@ from mtl_jax.tree import combine
 
 __all__ = [
     "BitDelta",
+    "CmaEs",
+    "CmaEsState",
     "CompressionBits",
     "Concrete",
     "Emr",
@@ -122,6 +125,7 @@ __all__ = [
     "Position",
     "RmmBank",
     "ScaleSearch",
+    "SparseLowRank",
     "Surgery",
     "Trial",
     "analogy",
@@ -132,6 +136,7 @@ __all__ = [
     "bitdelta_restore",
     "breadcrumbs",
     "chain",
+    "cma_es",
     "coefficient_grads",
     "combine",
     "compose",
@@ -152,6 +157,7 @@ __all__ = [
     "fisher",
     "fisher_diagonal",
     "frank_wolfe",
+    "gossip",
     "init_coefficients",
     "iso_c",
     "iso_cts",
@@ -176,6 +182,7 @@ __all__ = [
     "multislerp",
     "nearswap",
     "negate",
+    "neighbours",
     "normalised_accuracy",
     "opcm",
     "partition",
@@ -185,6 +192,7 @@ __all__ = [
     "ram_plus",
     "randes",
     "randes_restore",
+    "recombine",
     "regmean",
     "regmean_plus_plus",
     "restore_delta",
@@ -200,6 +208,8 @@ __all__ = [
     "slerp",
     "slerp_chain",
     "slerp_chain_weights",
+    "sparse_gpt",
+    "sparse_low_rank",
     "squared_gradients",
     "surgery",
     "surgery_apply",
@@ -213,5 +223,6 @@ __all__ = [
     "trust_region",
     "tsv_merge",
     "unit_axis",
+    "wanda_masks",
     "wudi",
 ]

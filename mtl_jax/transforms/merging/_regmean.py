@@ -1,9 +1,8 @@
 """RegMean: every linear layer by least squares on the inputs that it sees."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.core
@@ -12,21 +11,10 @@ import jax.numpy as jnp
 from mtl_jax import tree
 from mtl_jax._checks import named_leaves, number
 from mtl_jax._lapack import stacked
-from mtl_jax.transforms.merging import _compose, _spectral
+from mtl_jax.transforms.merging import _compose, _grams, _spectral
+from mtl_jax.transforms.merging._grams import is_gram
 
 Capture = Callable[[Any, Any], Any]
-
-
-class InputGram(NamedTuple):
-    """What a linear layer saw of a batch.
-
-    Attributes:
-      total: [..., d, d], X^T X over its rows of inputs X [rows, d].
-      rows: [...], how many rows there were.
-    """
-
-    total: jax.Array
-    rows: jax.Array
 
 
 def mean_grams(capture_fn: Capture, params: Any, batches: Any) -> Any:
@@ -49,6 +37,7 @@ def mean_grams(capture_fn: Capture, params: Any, batches: Any) -> Any:
     Raises:
       ValueError: no batches, or a tree without an `InputGram`.
 
+    >>> from mtl_jax.transforms.merging import InputGram
     >>> capture_fn = lambda w, x: {"w": InputGram(x.T @ x, jnp.float32(len(x)))}
     >>> mean_grams(capture_fn, None, jnp.array([[[3.0]], [[1.0]]]))["w"].tolist()
     [[5.0]]
@@ -115,22 +104,14 @@ def regmean(
     _, weights = _compose.check_taus(name, taus, weights, check_finite)
     _compose.check_nonnegative(name, "weights are", weights)
     _compose.check_total(name, weights)
-    found = named_leaves(grams)
-    if not found:
-        raise ValueError(f"{name}: there is no Gram in grams")
-    if check_finite:
-        tree.check_finite(f"{name}: grams", found)
-    named = named_leaves(taus)
-    views = {leaf: _view(name, leaf, g, named, layout) for leaf, g in found.items()}
+    found = _grams.views(name, taus, grams, layout, check_finite)
     flags = {}
 
     def merge(leaf, x):
         if leaf not in found:
             return tree.combine({leaf: x}, weights / weights.sum())[leaf]
-        gram = jnp.asarray(found[leaf])
-        merged, flags[leaf] = _solve(
-            x, gram, weights, alpha, jitter, views[leaf], layout
-        )
+        gram, view = found[leaf]
+        merged, flags[leaf] = _solve(x, gram, weights, alpha, jitter, view, layout)
         return merged
 
     merged = tree.map_with_path(merge, taus)
@@ -185,6 +166,7 @@ def regmean_plus_plus(
       for Model Merging" (arXiv 2508.03121), as in FusionBench: inside of a layer the
       inputs are those of the task's own layer.
 
+    >>> from mtl_jax.transforms.merging import InputGram
     >>> base, taus = {"w": jnp.zeros((1, 1))}, {"w": jnp.array([[[1.0]], [[4.0]]])}
     >>> capture_fn = lambda p, x: {"w": InputGram(x.T @ x, jnp.float32(len(x)))}
     >>> batches = [jnp.ones((1, 1, 1)), jnp.sqrt(jnp.full((1, 1, 1), 3.0))]
@@ -242,12 +224,12 @@ def _mean_grams(capture_fn, wanted, params, batches):
 
     def capture(batch):
         found = capture_fn(params, batch)
-        grams = jax.tree.leaves(found, is_leaf=_is_gram)
-        if not grams or not all(map(_is_gram, grams)):
+        grams = jax.tree.leaves(found, is_leaf=is_gram)
+        if not grams or not all(map(is_gram, grams)):
             raise ValueError("mean_grams: capture_fn returns no tree of InputGram")
         if wanted is None:
             return found
-        seen = jax.tree_util.tree_flatten_with_path(found, is_leaf=_is_gram)[0]
+        seen = jax.tree_util.tree_flatten_with_path(found, is_leaf=is_gram)[0]
         named = {tree.path_str(path): gram for path, gram in seen}
         return {leaf: gram for leaf, gram in named.items() if leaf in wanted}
 
@@ -262,30 +244,7 @@ def _mean_grams(capture_fn, wanted, params, batches):
     return jax.tree.map(
         lambda g: g.total / jnp.maximum(g.rows, 1)[..., None, None],
         jax.lax.scan(turn, start, batches)[0],
-        is_leaf=_is_gram,
-    )
-
-
-def _is_gram(x):
-    return isinstance(x, InputGram)
-
-
-def _view(name, leaf, gram, named, layout):
-    """How a kernel is seen as matrices [in, out], from its Gram."""
-    if leaf not in named:
-        raise ValueError(f"{name}: grams hold {leaf!r}, which is no leaf of taus")
-    shape, found = jnp.shape(named[leaf])[1:], jnp.shape(gram)
-    dtype, lead = named[leaf].dtype, len(found) - 3
-    square = lead >= 0 and found[-1] == found[-2] and found[0] == named[leaf].shape[0]
-    inner = shape[max(lead, 0) :]
-    for rows in range(1, len(inner)):
-        side = math.prod(inner[:rows] if layout == "in_out" else inner[rows:])
-        fits = square and shape[:lead] == found[1:-2] and side == found[-1]
-        if fits and jnp.issubdtype(dtype, jnp.floating):
-            return _spectral.View(lead, rows)
-    raise ValueError(
-        f"{name}: the Gram of {leaf!r} is {found}, its kernels {named[leaf].shape} "
-        f"{dtype} ({layout}); wanted [T, ..., d, d] of the d inputs"
+        is_leaf=is_gram,
     )
 
 
