@@ -28,6 +28,7 @@ from mtl_jax.models.layers import (
     stack_layers,
     unstack_layers,
 )
+from mtl_jax.models.loads import smile_loads
 from mtl_jax.models.registry import build, names, sharding_rules
 from mtl_jax.models.routed import apply_routed, apply_smile
 
@@ -59,6 +60,7 @@ __all__ = [
     "reorder_cache",
     "sharding_rules",
     "shift_right",
+    "smile_loads",
     "stack_layers",
     "unstack_layers",
     "zero_shot_head",

@@ -110,43 +110,56 @@ def _reader(mask, seen):
             return call(*args, **kwargs)
         seen.add("/".join(layer.path))
         x, *rest = args
-        weight = _row_weights("/".join(layer.path), x, mask)
-        return call(_tap(x, own[_TOTAL], own[_ROWS], weight), *rest, **kwargs)
+        weight = row_weights("input_grams", "/".join(layer.path), x, mask)
+        probes = own[_TOTAL], own[_ROWS]
+        return call(tap(x, probes, _gram(x, weight)), *rest, **kwargs)
 
     return intercept
 
 
-def _row_weights(name, x, mask):
-    """[...] float32, 1 for rows of x [..., d] that count."""
+def row_weights(
+    fn_name: str, layer: str, x: chex.Array, mask: chex.Array | None
+) -> chex.Array:
+    """[...] float32, 1 for rows of x [..., d] that count, of a mask of more axes."""
     rows = x.shape[:-1]
     if mask is None:
         return jnp.ones(rows, jnp.float32)
-    mask = mask.astype(bool)
-    if mask.shape[: len(rows)] != rows:
+    marks = jnp.asarray(mask).astype(bool)
+    if marks.shape[: len(rows)] != rows:
         raise ValueError(
-            f"input_grams: inputs of {name!r} are {x.shape}, the mask is {mask.shape}"
+            f"{fn_name}: inputs of {layer!r} are {x.shape}, the mask is {marks.shape}"
         )
-    return mask.any(tuple(range(len(rows), mask.ndim))).astype(jnp.float32)
+    return marks.any(tuple(range(len(rows), marks.ndim))).astype(jnp.float32)
+
+
+def _gram(x, weight):
+    flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    weighted = flat * weight.reshape(-1, 1)
+    return jnp.matmul(weighted.T, flat, precision="highest"), weight.sum()
 
 
 @jax.custom_vjp
-def _tap(x, total, rows, weight):
-    """x; the slope of `total` is x^T W x, that of `rows` the sum of the weights."""
-    del total, rows, weight
+def tap(x: chex.Array, probes: Any, values: Any) -> chex.Array:
+    """x, with a slope along `probes` that is defined to be `values`.
+
+    So what layers see comes out of scanned or recomputed ones, as gradients do.
+
+    Args:
+      x: any array, handed on.
+      probes: tree of zeros.
+      values: tree of arrays like `probes`.
+    """
+    del probes, values
     return x
 
 
-def _tap_forward(x, total, rows, weight):
-    del total, rows
-    return x, (x, weight)
+def _tap_forward(x, probes, values):
+    del probes
+    return x, values
 
 
-def _tap_backward(kept, slope):
-    x, weight = kept
-    flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    weighted = flat * weight.reshape(-1, 1)
-    gram = jnp.matmul(weighted.T, flat, precision="highest")
-    return slope, gram, weight.sum(), jnp.zeros_like(weight)
+def _tap_backward(values, slope):
+    return slope, values, jax.tree.map(jnp.zeros_like, values)
 
 
-_tap.defvjp(_tap_forward, _tap_backward)
+tap.defvjp(_tap_forward, _tap_backward)

@@ -1,5 +1,6 @@
 """Modules whose layers mix their weights, or experts, by what enters them."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax import tree
-from mtl_jax.transforms import merging, routing
+from mtl_jax.transforms import routing
 from mtl_jax.transforms.adapters._nodes import copied, put
 
 _ROUTER, _EXPERTS, _SMILE = "moe_router", "moe_experts", "smile_experts"
@@ -22,6 +23,7 @@ def apply_routed(
     *inputs: Any,
     mask: chex.Array | None = None,
     per: Literal["example", "batch"] = "example",
+    select: int | None = None,
     **options: Any,
 ) -> Any:
     r"""Applies an upscaled module in which every router sees what enters its own part.
@@ -35,12 +37,13 @@ def apply_routed(
       module: a Linen module.
       routers: {path of a submodule: see `routing.init_router`}; the submodule takes one
         array [B, ..., D] and returns one, and mixes examples in no other way.
-      model: see `routing.upscale`; its groups are named by the same paths, and find
-        leaves of that submodule alone.
+      model: see `routing.upscale` or `routing.rank_one`; its groups are named by the
+        same paths, and find leaves of that submodule alone.
       *inputs: of the module.
       mask: [B, L] non-zero = token; None = all tokens count.
       per: "example", weights of its own for each; "batch", the mean of their gates and
         one set of weights.
+      select: experts that count for an input, see `routing.soft_top`; None = all.
       **options: keyword arguments of the call.
 
     Returns:
@@ -83,10 +86,14 @@ def apply_routed(
             return alone.apply({"params": params}, x, **kwargs)
 
         def merge(gates):
-            return merging.compose(found, experts, gates)
+            return routing.mixed(found, experts, gates)
 
         if per == "batch":
-            return call(merge(gates.mean(0)), *args)
+            gates = gates.mean(0)
+        if select is not None:
+            gates = routing.soft_top(gates, select)
+        if per == "batch":
+            return call(merge(gates), *args)
         return routing.per_example(call, merge)(gates, *args)
 
     out, seen = _intercepted(module, params, _ROUTER, own, inputs, options)
@@ -104,6 +111,7 @@ def apply_smile(
     experts: Mapping[str, Any],
     *inputs: Any,
     top_k: int = 1,
+    seen: Callable[[str, chex.Array, Any], chex.Array] | None = None,
     **options: Any,
 ) -> Any:
     """Applies a module whose Dense layers ask the experts that their input belongs to.
@@ -114,6 +122,8 @@ def apply_smile(
       experts: see `routing.smile_experts`, of kernels of its `nn.Dense` layers.
       *inputs: of the module.
       top_k: experts that answer each token.
+      seen: `seen(path, x, experts of that layer) -> x`, handed what enters every layer
+        with experts, to look at it on the way.
       **options: keyword arguments of the call.
 
     Returns:
@@ -156,13 +166,15 @@ def apply_smile(
                 f"apply_smile: {'/'.join(layer.path)!r} is a {type(layer).__name__}, "
                 "wanted a Dense layer"
             )
+        if seen is not None:
+            args = (seen("/".join(layer.path), args[0], experts), *args[1:])
         alone = layer.clone(parent=None, name=None)
         out: Any = alone.apply({"params": found}, *args, **kwargs)
         more = routing.smile_dense(args[0].astype(out.dtype), experts, top_k=top_k)
         return out + more
 
-    out, seen = _intercepted(module, spliced, _SMILE, own, inputs, options)
-    if missed := sorted(wanted - seen):
+    out, reached = _intercepted(module, spliced, _SMILE, own, inputs, options)
+    if missed := sorted(wanted - reached):
         raise ValueError(
             f"apply_smile: no Dense layer of this call reads {missed[0]!r}"
         )
@@ -205,19 +217,24 @@ def _spliced(routers, model) -> dict[str, Any]:
     for path, router in routers.items():
         node, own = _at(params, path), model.experts[path]
         names = {name.removeprefix(f"{path}/") for name in own}
-        if not isinstance(node, Mapping) or names != set(tree.paths(node)):
+        if not isinstance(node, Mapping) or not names <= set(tree.paths(node)):
             raise ValueError(
                 f"apply_routed: the group {path!r} has leaves {sorted(own)[:4]}, "
-                "wanted those of the module of that path, all of them"
+                "wanted those of the module of that path"
             )
         front = router["bias"].ndim - 1
         experts: dict[str, Any] = {}
         for name, x in own.items():
             parts = name.removeprefix(f"{path}/").split("/")
-            put(experts, parts, jnp.moveaxis(x, 0, front))
+            moved = jax.tree.map(functools.partial(_task_axis_at, front), x)
+            put(experts, parts, moved)
         values = {_ROUTER: dict(router), _EXPERTS: experts}
         put(params, path.split("/"), values)
     return params
+
+
+def _task_axis_at(front, x):
+    return jnp.moveaxis(x, 0, front)
 
 
 def _at(params, path: str) -> Any:

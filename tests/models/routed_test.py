@@ -108,6 +108,29 @@ def test_every_example_is_routed_by_its_own_tokens(case):
     assert np.abs(whole - got).max() > 1e-3
 
 
+@pytest.mark.parametrize("case", ["plain", "scan"], indirect=True)
+def test_experts_of_rank_one_with_equal_gates_are_a_merge(case):
+    """All of the rank, and biases in no group."""
+    module, base, taus, paths, _ = case
+    groups = {path: f"^{path}/" for path in paths}
+    model = routing.rank_one(
+        base,
+        taus,
+        groups,
+        rank=8,
+        matrices=lambda name, shape: name.endswith("kernel"),
+    )
+    routers = jax.tree.map(
+        lambda x: jnp.repeat(x, 8, -1), constant(case, np.full(T, 0.2))
+    )
+    want = tree.add_scaled(base, merging.task_arithmetic(taus), 0.2)
+    want = module.apply({"params": want}, IDS, MASK)
+    got = models.apply_routed(module, routers, model, IDS, MASK)
+    np.testing.assert_allclose(got, want, atol=2e-4)
+    few = models.apply_routed(module, routers, model, IDS, MASK, select=2)
+    assert np.isfinite(few).all()
+
+
 @pytest.mark.parametrize("case", ["plain"], indirect=True)
 def test_gradients_reach_routers_alone(case):
     module = case[0]
@@ -176,9 +199,9 @@ def test_refuses_by_name():
         models.apply_routed(mlp, routers, model, x, per="token")
     with pytest.raises(ValueError, match=r"routers of \[\], the model has"):
         models.apply_routed(mlp, {}, model, x)
-    half = routing.upscale(base, taus, {"layers_0": "^layers_0/kernel"})
+    both = routing.upscale(base, taus, {"layers_0": "kernel"})
     with pytest.raises(ValueError, match="the group 'layers_0' has leaves"):
-        models.apply_routed(mlp, routers, half, x)
+        models.apply_routed(mlp, routers, both, x)
     other = routing.upscale(base, taus, {"mlp": "^layers_0/"})
     with pytest.raises(ValueError, match="the group 'mlp' has leaves"):
         models.apply_routed(mlp, {"mlp": routers["layers_0"]}, other, x)

@@ -5,6 +5,7 @@ parameters, to be applied with `tree.add_scaled(base, delta, scale)`. The interp
 on spheres, whose argument is named `experts`, take and return parameters.
 """
 
+from mtl_jax.transforms.merging._ada_svd import ada_svd
 from mtl_jax.transforms.merging._arcee_fusion import arcee_fusion
 from mtl_jax.transforms.merging._arithmetic import (
     analogy,
@@ -128,6 +129,7 @@ __all__ = [
     "SparseLowRank",
     "Surgery",
     "Trial",
+    "ada_svd",
     "analogy",
     "arcee_fusion",
     "average",

@@ -165,3 +165,29 @@ def mean_gates(
         precision="highest",
     )
     return total / jnp.maximum(count.sum(1), 1)[:, None]
+
+
+def soft_top(gates: chex.Array, count: int) -> chex.Array:
+    """Leaves the largest gates, and brings the others close to 0, with slopes.
+
+    g_e sigmoid(100 (g_e - the `count`-th largest))
+
+    Args:
+      gates: [..., E].
+      count: how many stay, 1 to E; the last of them is halved.
+
+    Returns:
+      [..., E].
+
+    Raises:
+      ValueError: a count outside of 1 to E.
+
+    Follows: the released code of the rank-one mixture of FusionBench; see `rank_one`.
+
+    >>> soft_top(jnp.array([3.0, 1.0, 2.0]), 2).tolist()
+    [3.0, 0.0, 1.0]
+    """
+    if not 1 <= count <= gates.shape[-1]:
+        raise ValueError(f"soft_top: count is {count}, wanted 1 to {gates.shape[-1]}")
+    least = jax.lax.top_k(gates, count)[0][..., -1:]
+    return gates * jax.nn.sigmoid(100 * (gates - least))

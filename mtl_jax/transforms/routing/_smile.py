@@ -10,6 +10,7 @@ from mtl_jax import tree
 from mtl_jax._checks import named_leaves
 from mtl_jax.transforms.adapters._nodes import put
 from mtl_jax.transforms.merging import _compose, _spectral
+from mtl_jax.transforms.routing._lora_gates import low_rank_mix
 
 
 def smile_experts(
@@ -137,9 +138,7 @@ def smile_dense(x: chex.Array, layer: Any, *, top_k: int = 1) -> chex.Array:
     [2.0, 2.0, 2.0]
     """
     weights = smile_gates(x, layer["gate"], top_k=top_k).astype(x.dtype)
-    inner = jnp.einsum("...i,tir->...tr", x, layer["a"].astype(x.dtype))
-    inner = inner * weights[..., None]
-    out = jnp.einsum("...tr,tro->...o", inner, layer["b"].astype(x.dtype))
+    out = low_rank_mix(x, layer, weights)
     if "bias" in layer:
         out = out + jnp.einsum("...t,to->...o", weights, layer["bias"].astype(x.dtype))
     return out

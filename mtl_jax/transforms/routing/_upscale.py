@@ -13,16 +13,29 @@ from mtl_jax._checks import named_leaves
 from mtl_jax.transforms import merging
 
 
+class RankOne(NamedTuple):
+    """Experts a_e b_e^T of one leaf.
+
+    Attributes:
+      a: [E, ..., m].
+      b: [E, ..., n].
+    """
+
+    a: chex.Array
+    b: chex.Array
+
+
 class Upscaled(NamedTuple):
     """A merged model of which some leaves wait for gates.
 
     Attributes:
       params: parameters; routed leaves are those of the base, the others are merged.
-      experts: {router: {name of a routed leaf: task vectors [T, ...]}}.
+      experts: {router: {name of a routed leaf: task vectors [T, ...]}}, or experts of
+        rank one, `RankOne`.
     """
 
     params: Any
-    experts: dict[str, dict[str, chex.Array]]
+    experts: dict[str, dict[str, Any]]
 
 
 def upscale(
@@ -115,8 +128,55 @@ def gated(model: Upscaled, gates: Any) -> Any:
     named, moved = named_leaves(model.params), {}
     for router, experts in model.experts.items():
         own = {name: named[name] for name in experts}
-        moved |= merging.compose(own, experts, jnp.asarray(gates[router]))
+        moved |= mixed(own, experts, jnp.asarray(gates[router]))
     return tree.map_with_path(lambda name, x: moved.get(name, x), model.params)
+
+
+def mixed(params: Any, experts: Any, gates: chex.Array) -> Any:
+    """`p + sum_e g_e tau_e` of the leaves that have experts, in the dtypes of `params`.
+
+    Args:
+      params: tree of parameters.
+      experts: tree of some of its leaves, as in `Upscaled`.
+      gates: [E].
+
+    Returns:
+      Tree like `params`.
+
+    >>> experts = {"w": RankOne(jnp.ones((1, 2)), jnp.ones((1, 3)))}
+    >>> mixed({"w": jnp.zeros((2, 3))}, experts, jnp.array([2.0]))["w"].tolist()
+    [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path(experts, is_leaf=_is_rank_one)
+    found = {tree.path_str(path): node for path, node in flat}
+    named = named_leaves(params)
+    whole = {name: x for name, x in found.items() if not _is_rank_one(x)}
+    moved = {}
+    if whole:
+        own = {name: named[name] for name in whole}
+        moved = dict(merging.compose(own, whole, gates))
+    for name in found.keys() - whole.keys():
+        moved[name] = _rank_one(name, named[name], found[name], gates)
+    return tree.map_with_path(lambda name, x: moved.get(name, x), params)
+
+
+def _is_rank_one(node):
+    return isinstance(node, RankOne)
+
+
+def _rank_one(name, param, pair, gates):
+    count = pair.a.shape[0]
+    if gates.shape != (count,):
+        raise ValueError(
+            f"gated: gates are {gates.shape}, wanted ({count},), one for each expert "
+            f"of {name!r}"
+        )
+    wide = tree.wide_dtype(param.dtype)
+    a = jnp.moveaxis(pair.a.astype(wide), 0, -1)
+    a = a * jnp.expand_dims(gates.astype(wide), range(a.ndim - 1))
+    b = jnp.moveaxis(pair.b.astype(wide), 0, -2)
+    delta = jnp.matmul(a, b, precision="highest")
+    return (param.astype(wide) + delta).astype(param.dtype)
 
 
 def per_example(

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 
 from mtl_jax.transforms.merging import _compose
-from mtl_jax.transforms.routing._routers import mean_gates
+from mtl_jax.transforms.routing._routers import mean_gates, soft_top
 from mtl_jax.transforms.routing._upscale import gated, per_example
 
 Per = Literal["example", "batch"]
@@ -17,6 +17,7 @@ def we_moe(
     features_fn: Callable[..., Any],
     *,
     per: Per = "example",
+    select: int | None = None,
 ) -> Callable[..., Any]:
     r"""Applies an upscaled model whose routers look at features of the input.
 
@@ -29,6 +30,7 @@ def we_moe(
         the leaves that are not routed merged, and the others those of the base.
       per: "example", weights of its own for each; "batch", the mean of their gates and
         one set of weights.
+      select: experts that count for an input, see `soft_top`; None = all.
 
     Returns:
       `apply(routers, model, *inputs)`: routers {name: see `init_router`}, model see
@@ -61,6 +63,9 @@ def we_moe(
         gates = {name: mean_gates(params, features) for name, params in routers.items()}
         if per == "batch":
             gates = jax.tree.map(lambda g: g.mean(0), gates)
+        if select is not None:
+            gates = jax.tree.map(lambda g: soft_top(g, select), gates)
+        if per == "batch":
             return apply_fn(gated(model, gates), *inputs)
         return per_example(apply_fn, lambda gates: gated(model, gates))(gates, *inputs)
 
