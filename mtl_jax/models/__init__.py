@@ -20,6 +20,13 @@ from mtl_jax.models.backbones import (
     shift_right,
 )
 from mtl_jax.models.captures import input_grams
+from mtl_jax.models.expert_assembly import assemble_experts, prompt_gates
+from mtl_jax.models.expert_pruning import (
+    Pruned,
+    prune_experts,
+    skip_ratio,
+    take_experts,
+)
 from mtl_jax.models.functional import functional
 from mtl_jax.models.heads import Classifier, mean_pool, prototype_logits, zero_shot_head
 from mtl_jax.models.layers import (
@@ -41,12 +48,14 @@ __all__ = [
     "Decoder",
     "EncoderDecoder",
     "Mlp",
+    "Pruned",
     "SentenceEncoder",
     "SmallConv",
     "ViT",
     "apply_adapted",
     "apply_routed",
     "apply_smile",
+    "assemble_experts",
     "build",
     "functional",
     "heads",
@@ -56,12 +65,16 @@ __all__ = [
     "mean_pool",
     "multitask",
     "names",
+    "prompt_gates",
     "prototype_logits",
+    "prune_experts",
     "reorder_cache",
     "sharding_rules",
     "shift_right",
+    "skip_ratio",
     "smile_loads",
     "stack_layers",
+    "take_experts",
     "unstack_layers",
     "zero_shot_head",
 ]

@@ -99,6 +99,7 @@ class Decoder(nn.Module):
       num_experts: E; 0 = plain feed-forward layers.
       experts_per_token: k.
       normalize_experts: let the k weights of a token sum to one.
+      skip_experts: see `layers.MixtureOfExperts`.
       experts: see `layers.apply_experts`.
       attention: "einsum", "blocked" or "fused"; see `layers.CausalSelfAttention`.
       scan: one scanned block, parameters stacked under `layers`.
@@ -146,6 +147,7 @@ class Decoder(nn.Module):
     num_experts: int = 0
     experts_per_token: int = 2
     normalize_experts: bool = False
+    skip_experts: float = 0.0
     experts: str | None = None
     attention: str = "einsum"
     scan: bool = False
@@ -261,6 +263,7 @@ class Decoder(nn.Module):
                 self.experts_per_token,
                 self.mlp_dim,
                 normalize=self.normalize_experts,
+                skip=self.skip_experts,
                 implementation=self.experts,
                 **options,
             )

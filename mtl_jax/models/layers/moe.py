@@ -120,6 +120,8 @@ class MixtureOfExperts(nn.Module):
       hidden: width F of an expert.
       activation: a name in `layers.ACTIVATIONS`.
       normalize: let the k weights of a token sum to one.
+      skip: experts whose probability is less than this times the largest are left out
+        of a token, before weights are normalised; 0 = none. See `skip_ratio`.
       implementation: see `apply_experts`.
       dtype: compute dtype; None follows inputs and parameters.
       param_dtype: dtype of the parameters.
@@ -133,6 +135,7 @@ class MixtureOfExperts(nn.Module):
     hidden: int
     activation: str = "silu"
     normalize: bool = False
+    skip: float = 0.0
     implementation: str | None = None
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
@@ -165,6 +168,8 @@ class MixtureOfExperts(nn.Module):
             )
         self.sow("intermediates", "router_probabilities", probabilities)
         weights, experts = jax.lax.top_k(probabilities, self.top_k)
+        if self.skip:
+            weights = jnp.where(weights < self.skip * weights[..., :1], 0, weights)
         if self.normalize:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         dtype = x.dtype if self.dtype is None else self.dtype
