@@ -1,10 +1,11 @@
 """Merge rules that look at data, as rows of a study of experts.
 
-None learns from a label. Fisher, RegMean, RegMean++ and Surgery read training rows;
-rules that minimise entropy read the test rows, as their papers do, and say so in their
-names; DOGE and DOP descend on the task vectors alone. Strengths, and the rates of
-AdaMerging and Concrete, are chosen by accuracy on validation rows; the rate of Surgery
-is 1e-2, the step of Frank-Wolfe 0.1. Models that route are in `routed_rules`.
+None but CMA-ES, which is scored on validation rows, learns from a label. Fisher,
+RegMean, RegMean++, AdaSVD and Surgery read training rows; rules that minimise entropy
+read the test rows, as their papers do, and say so in their names; DOGE and DOP descend
+on the task vectors alone. Strengths, and the rates of AdaMerging, Gossip and Concrete,
+are chosen by accuracy on validation rows; the rate of Surgery is 1e-2, the step of
+Frank-Wolfe 0.1. Models that route are in `routed_rules`.
 """
 
 import dataclasses
@@ -16,12 +17,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import routed_rules as routed
 import rule_table as table
 
-from mtl_jax import losses, merging, models, tree, zoo
+from mtl_jax import losses, merging, models, routing, tree, zoo
 from mtl_jax.train import state as train_state
 
 ROWS, BATCH, START = 64, 16, 0.3
+GATE_RANK, GENERATIONS, ROUNDS = 16, 12, 4
 RATES = (1e-2, 3e-3, 1e-3)
 
 
@@ -104,6 +107,51 @@ def regmean_plus_plus(taus: Any, chosen: Any, material: zoo.Material) -> zoo.Fit
     return zoo.Fit(delta=delta)
 
 
+def ada_svd(taus: Any, chosen: Any, material: zoo.Material) -> zoo.Fit:
+    """Loads of dense SMILE layers, means over training rows of all tasks."""
+    del chosen
+    opened, frozen = material.zoo, material.args["frozen"]
+    kernels = [x for x in jax.tree.leaves(taus) if x.ndim == 3]
+    found = routing.smile_experts(
+        taus, rank=max(min(x.shape[1:]) for x in kernels), gate_rank=GATE_RANK
+    )
+    module: Any = routed.Module(opened.encoder.features)
+    whole = train_state.merge(opened.base, frozen)
+
+    @jax.jit
+    def loads(inputs):
+        mask = inputs.get("attention_mask")
+        return models.smile_loads(module, whole, found, inputs, mask=mask)
+
+    seen = [loads(_some(material, task, ROWS)) for task in range(material.count)]
+    mean = jax.tree.map(lambda *x: sum(x) / len(x), *seen)
+    return zoo.Fit(delta=merging.ada_svd(taus, mean))
+
+
+def evolved(taus: Any, chosen: Any, material: zoo.Material) -> zoo.Fit:
+    """Coefficients by task, by CMA-ES on the accuracy of validation rows."""
+    del chosen
+    evaluator, base = material.evaluator, material.zoo.base
+    experts = [
+        evaluator.accuracy(_expert(base, taus, task), task, "validation")
+        for task in range(material.count)
+    ]
+    search = merging.cma_es(jnp.full(material.count, START))
+    state, trace = search.init(), []
+    for key in jax.random.split(jax.random.key(0), GENERATIONS):
+        candidates = search.ask(key, state)
+        scores = []
+        for coeffs in candidates:
+            model = tree.add_scaled(base, merging.combine(taus, coeffs))
+            found = evaluator.accuracies(model, "validation")
+            scores.append(-float(merging.normalised_accuracy(found, experts)))
+        state = search.tell(state, candidates, jnp.asarray(scores))
+        trace.append(-float(state.best_loss))
+    best = search.best(state)
+    details = {"validation": trace, "coefficients": best.tolist()}
+    return zoo.Fit(delta=merging.combine(taus, best), details=details)
+
+
 def _entropy(logits, inputs, task):
     return jnp.mean(losses.softmax_entropy(logits(inputs), task["head"]["active"]))
 
@@ -161,6 +209,33 @@ def frank_wolfe(taus, chosen, material, *, steps: int, selection: Any) -> zoo.Fi
         args=material.args,
     )
     return zoo.Fit(delta=merging.combine(taus, found.coeffs))
+
+
+def gossip(taus, chosen, material, *, steps: int, rate: float) -> zoo.Fit:
+    """AdaMerging by task among three neighbours of a ring, and the mean in the end."""
+    del chosen
+    batches, heads = _batches(material, steps), material.heads()
+    loss, base = _loss(material), material.zoo.base
+    met = merging.neighbours(material.count)
+
+    def params_fn(coeffs, args):
+        return merging.compose(base, args["taus"], jnp.clip(coeffs, 0, 1))
+
+    run = merging.learner(
+        params_fn,
+        lambda params, batch, task, args: loss(params, batch, task, args["rest"]),
+        optax.adam(rate),
+    )
+
+    def merge(taus, t):
+        own = jax.tree.map(lambda x: x[:, met[t]], batches)
+        tasks = {"head": jax.tree.map(lambda x: x[met[t]], heads)}
+        args = {"taus": taus, "rest": material.args}
+        found = run(jnp.full(3, 1 / 3), own, tasks, args=args)
+        return merging.combine(taus, jnp.clip(found.variables, 0, 1))
+
+    after = merging.gossip(taus, merge, rounds=ROUNDS)
+    return zoo.Fit(delta=merging.average(after))
 
 
 def concrete(
@@ -253,6 +328,7 @@ def rows(steps: int) -> Iterable[zoo.LearnedModel]:
         "Fisher": fisher,
         "RegMean": regmean,
         "RegMean++": regmean_plus_plus,
+        "AdaSVD": ada_svd,
         "DOGE": _alone(merging.doge),
         "DOP": _alone(merging.dop),
     }.items():
@@ -262,6 +338,7 @@ def rows(steps: int) -> Iterable[zoo.LearnedModel]:
         "AdaMerging, by task": _rated(part(adamerging, kind="task", steps=steps)),
         "AdaMerging, by leaf": _rated(part(by_leaf, steps=steps)),
         "AdaMerging++, by leaf": _rated(part(by_leaf, plus=True, steps=steps)),
+        "Gossip, by task": _rated(part(gossip, steps=steps)),
         "Concrete task arithmetic": _rated(part(concrete, steps=steps)),
         "Concrete AdaMerging, by leaf": _rated(part(concrete, adapt=True, steps=steps)),
         "Frank-Wolfe, by leaf": part(frank_wolfe, selection="hard", steps=steps),
@@ -269,6 +346,7 @@ def rows(steps: int) -> Iterable[zoo.LearnedModel]:
     }
     for name, fit in learned.items():
         yield zoo.LearnedModel(name=f"{name} (test inputs)", fit=fit)
+    yield zoo.LearnedModel(name="CMA-ES, by task (validation rows)", fit=evolved)
     yield zoo.LearnedModel(
         name="Surgery on task arithmetic", fit=part(surgery, steps=steps)
     )

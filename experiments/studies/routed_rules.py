@@ -1,8 +1,8 @@
 """Merge rules that route, and adapters restored from bases, as rows of a study.
 
-No router is told the task. SMILE reads no rows; WEMoE learns from the entropy of
-predictions on test inputs, as in its paper; the router of Twin-Merging from training
-inputs and the names of their tasks.
+No router is told the task. SMILE reads no rows; WEMoE, experts of rank one and DAWE
+learn from the entropy of predictions on test inputs, as in their papers; the router of
+Twin-Merging from training inputs and the names of their tasks.
 """
 
 import dataclasses
@@ -21,11 +21,12 @@ from mtl_jax.train import state as train_state
 from mtl_jax.zoo import experts
 
 RANK, BATCH, START = 16, 16, 0.3
+POOL = 32
 ROUTER_STEPS, ROUTER_BATCH = 1000, 128
 
 
 @dataclasses.dataclass(frozen=True)
-class _Module:
+class Module:
     """An encoder as what `models.apply_routed` and `apply_smile` call of a module."""
 
     features: Callable[[Any, Any], Any]
@@ -39,7 +40,7 @@ def smile(taus: Any, chosen: Any, material: zoo.Material) -> zoo.Fit:
     """Experts and gates from singular vectors; norms and the like averaged."""
     del chosen
     opened = material.zoo
-    module: Any = _Module(opened.encoder.features)
+    module: Any = Module(opened.encoder.features)
     found = routing.smile_experts(taus, rank=RANK, gate_rank=RANK)
     dense = tuple(f"{name.rpartition('/')[0]}/" for name in tree.paths(found))
     average = tree.map_with_path(
@@ -56,20 +57,41 @@ def smile(taus: Any, chosen: Any, material: zoo.Material) -> zoo.Fit:
     return zoo.Fit(features=features, params={"model": base, "experts": found})
 
 
-def we_moe(taus: Any, chosen: Any, material: zoo.Material, *, steps: int) -> zoo.Fit:
-    """One router per MLP, or per layer of one, learned from entropy of test inputs."""
+def we_moe(
+    taus: Any,
+    chosen: Any,
+    material: zoo.Material,
+    *,
+    steps: int,
+    pool: int | None = None,
+) -> zoo.Fit:
+    """One router per MLP, or per layer of one, learned from entropy of test inputs.
+
+    With a pool, of that many experts of rank one for each task, and linear routers.
+    """
     del chosen
     opened, frozen = material.zoo, material.args["frozen"]
-    module: Any = _Module(opened.encoder.features)
+    module: Any = Module(opened.encoder.features)
     widths = {
         match[1]: x.shape[-2]
         for name, x in zip(tree.paths(taus), jax.tree.leaves(taus), strict=True)
         if (match := re.match(r"(.*/mlp(?=/in)|layers_\d+)(?:/in)?/kernel$", name))
     }
     groups = {name: f"^{name}/" for name in widths}
-    model = routing.upscale(opened.base, taus, groups, static_scale=START)
+    if pool is None:
+        model = routing.upscale(opened.base, taus, groups, static_scale=START)
+    else:
+        model = routing.rank_one(
+            opened.base, taus, groups, rank=pool, static_scale=START
+        )
     routers = {
-        name: routing.init_router(jax.random.key(i), width, material.count, bias=START)
+        name: routing.init_router(
+            jax.random.key(i),
+            width,
+            material.count * (pool or 1),
+            depth=1 if pool else 2,
+            bias=START,
+        )
         for i, (name, width) in enumerate(widths.items())
     }
 
@@ -93,6 +115,40 @@ def we_moe(taus: Any, chosen: Any, material: zoo.Material, *, steps: int) -> zoo
         return apply(params["routers"], params["model"], inputs)
 
     params = {"routers": learned.variables, "model": model}
+    return zoo.Fit(features=features, params=params)
+
+
+def dawe(taus: Any, chosen: Any, material: zoo.Material, *, steps: int) -> zoo.Fit:
+    """One router for the whole model, on features of the base, learned from entropy."""
+    del chosen
+    opened = material.zoo
+    model = routing.upscale(opened.base, taus, {"all": "."})
+
+    def features_fn(params, inputs):
+        return material.features(params, inputs, material.args)
+
+    apply = routing.dawe(features_fn, lambda inputs: features_fn(opened.base, inputs))
+
+    def loss_fn(router, batch, task, model):
+        found = apply(router, model, batch)
+        logits = experts.head_logits(found, task, opened.settings)
+        return losses.softmax_entropy(logits, task["active"]).mean()
+
+    batches = material.batches("test", steps=steps, batch_size=BATCH, seed=0)
+    stack = jax.tree.map(jnp.asarray, next(iter(batches)))
+    some = jax.tree.map(lambda x: x[0, 0], stack)
+    width = jax.eval_shape(features_fn, opened.base, some).shape[-1]
+    start = routing.init_router(
+        jax.random.key(0), width, material.count, depth=1, bias=START
+    )
+    run = merging.learner(lambda router, _: router, loss_fn, optax.adam(1e-3))
+    learned = run(start, stack, material.heads(), args=model)
+
+    def features(params, inputs, task):
+        del task
+        return apply(params["router"], params["model"], inputs)
+
+    params = {"router": learned.variables, "model": model}
     return zoo.Fit(features=features, params=params)
 
 
@@ -142,6 +198,10 @@ def rows(steps: int) -> Iterable[zoo.Row]:
     for name, fit in {
         f"SMILE, rank {RANK}": smile,
         "WEMoE (test inputs)": functools.partial(we_moe, steps=steps),
+        "rank-one experts (test inputs)": functools.partial(
+            we_moe, steps=steps, pool=POOL
+        ),
+        "DAWE (test inputs)": functools.partial(dawe, steps=steps),
         f"Twin, rank {RANK}": twin,
     }.items():
         yield zoo.LearnedModel(name=name, fit=fit)

@@ -50,8 +50,8 @@ def rank_one(
         or as `upscale`.
 
     Follows: Yang et al., "Merging Models on the Fly Without Retraining" and the code
-      EnnengYang/RankOne-MoE, as FusionBench has it: 0.2 both for the static leaves and
-      for the gates to start with.
+      EnnengYang/RankOne-MoE, as FusionBench has it: gates start at `static_scale`, and
+      all experts count; its configuration has 0.3 and 32 experts of each task.
     Differs: any group of matrices has a router, not only MLPs.
 
     >>> base, taus = {"w": jnp.zeros((2, 2))}, {"w": jnp.stack([jnp.eye(2)] * 3)}
