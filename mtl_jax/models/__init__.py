@@ -22,7 +22,7 @@ from mtl_jax.models.backbones import (
 from mtl_jax.models.captures import input_grams
 from mtl_jax.models.expert_assembly import assemble_experts, prompt_gates
 from mtl_jax.models.expert_pruning import (
-    Pruned,
+    PrunedExperts,
     prune_experts,
     skip_ratio,
     take_experts,
@@ -48,7 +48,7 @@ __all__ = [
     "Decoder",
     "EncoderDecoder",
     "Mlp",
-    "Pruned",
+    "PrunedExperts",
     "SentenceEncoder",
     "SmallConv",
     "ViT",

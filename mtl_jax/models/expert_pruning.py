@@ -16,7 +16,7 @@ from mtl_jax.models.layers.feed_forward import activation
 _MOST_SUBSETS = 100_000
 
 
-class Pruned(NamedTuple):
+class PrunedExperts(NamedTuple):
     """Which experts to keep.
 
     Attributes:
@@ -38,7 +38,7 @@ def prune_experts(
     top_k: int,
     normalize: bool = False,
     act: str = "silu",
-) -> Pruned:
+) -> PrunedExperts:
     r"""Finds the experts of one layer without which its outputs change most.
 
       S = argmin over subsets of K experts  sum_b |F(X_b) - F_S(X_b)|_F
@@ -55,7 +55,7 @@ def prune_experts(
       act: of the layer, a name in `layers.ACTIVATIONS`.
 
     Returns:
-      A `Pruned`; see `take_experts`.
+      A `PrunedExperts`; see `take_experts`.
 
     Raises:
       ValueError: a number of experts out of its range, more than 100,000 subsets, or
@@ -89,7 +89,7 @@ def prune_experts(
         )
     subsets = np.array(list(itertools.combinations(range(count), keep)), np.int32)
     losses = _losses(params, inputs, subsets, top_k, normalize, act)
-    return Pruned(jnp.asarray(subsets)[jnp.argmin(losses)], losses, subsets)
+    return PrunedExperts(jnp.asarray(subsets)[jnp.argmin(losses)], losses, subsets)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))

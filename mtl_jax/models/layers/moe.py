@@ -121,7 +121,8 @@ class MixtureOfExperts(nn.Module):
       activation: a name in `layers.ACTIVATIONS`.
       normalize: let the k weights of a token sum to one.
       skip: experts whose probability is less than this times the largest are left out
-        of a token, before weights are normalised; 0 = none. See `skip_ratio`.
+        of a token, before weights are normalised; 0 = none. Shapes do not change, so
+        no arithmetic is saved. See `models.skip_ratio`.
       implementation: see `apply_experts`.
       dtype: compute dtype; None follows inputs and parameters.
       param_dtype: dtype of the parameters.
