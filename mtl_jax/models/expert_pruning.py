@@ -62,8 +62,8 @@ def prune_experts(
         inputs of another width.
 
     Follows: Lu et al. 2024, "Not All Experts are Equal: Efficient Expert Pruning and
-      Skipping for Mixture-of-Experts Large Language Models", section 3.2, and its
-      released code, whose losses are norms, not squares.
+      Skipping for Mixture-of-Experts Large Language Models", and its released code,
+      whose losses are norms, not squares.
 
     >>> from mtl_jax.models import layers
     >>> layer = layers.MixtureOfExperts(num_experts=3, top_k=1, hidden=4)
@@ -162,7 +162,7 @@ def skip_ratio(probabilities: chex.Array) -> chex.Array:
     Raises:
       ValueError: fewer than two experts.
 
-    Follows: Lu et al. 2024, "Not All Experts are Equal", section 3.3.
+    Follows: Lu et al. 2024, "Not All Experts are Equal", dynamic skipping.
 
     >>> skip_ratio(jnp.array([[0.5, 0.25, 0.25], [0.8, 0.2, 0.0], [0.5, 0.5, 0.0]]))
     Array(0.5, dtype=float32)

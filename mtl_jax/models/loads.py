@@ -46,7 +46,7 @@ def smile_loads(
       many tokens means may be averaged.
 
     Raises:
-      ValueError: see `apply_smile`; a mask that does not fit.
+      ValueError: see `apply_smile`; no experts, or a mask that does not fit.
 
     Follows: the routing metric of AdaSVD in FusionBench (Tang et al. 2024,
       arXiv 2406.03280).
@@ -61,12 +61,17 @@ def smile_loads(
     [0.5, 0.5]
     """
     layers = {name.rpartition("/")[0] for name in tree.paths(experts)}
+    if not layers:
+        raise ValueError("smile_loads: there are no experts")
     shapes = {name: _node(experts, name)["gate"].shape for name in layers}
     probes = {
-        name: {_LOAD: jnp.zeros((*s[:-3], s[-3])), _ROWS: jnp.zeros(s[:-3])}
+        name: {
+            _LOAD: jnp.zeros((*s[:-3], s[-3]), jnp.float32),
+            _ROWS: jnp.zeros(s[:-3], jnp.float32),
+        }
         for name, s in shapes.items()
     }
-    count = next(iter(shapes.values()))[-3] if shapes else 1
+    count = next(iter(shapes.values()))[-3]
 
     def seen(layer, x, own):
         weight = row_weights("smile_loads", layer, x, mask)

@@ -69,5 +69,7 @@ def test_masked_tokens_do_not_count(scan, fill):
     assert jax.tree.leaves(part)[0].shape == shape
     merged = merging.ada_svd(taus, got)
     assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, base)
+    with pytest.raises(ValueError, match="smile_loads: there are no experts"):
+        models.smile_loads(bert, base, {}, ids, mask)
     with pytest.raises(ValueError, match="smile_loads: inputs of .* the mask is"):
         models.smile_loads(bert, base, experts, ids, mask, mask=mask[:1])

@@ -128,7 +128,9 @@ class MixtureOfExperts(nn.Module):
       param_dtype: dtype of the parameters.
 
     **Follows**: Muennighoff et al. 2024, "OLMoE: Open Mixture-of-Experts Language
-    Models": softmax over all experts, then the top k.
+    Models": softmax over all experts, then the top k. With
+    `skip` Lu et al. 2024, "Not All Experts are Equal: Efficient Expert Pruning and
+    Skipping for Mixture-of-Experts Large Language Models".
     """
 
     num_experts: int

@@ -31,6 +31,7 @@ from mtl_jax.transforms.merging._coefficients import (
     take_blocks,
 )
 from mtl_jax.transforms.merging._concrete import (
+    Adversary,
     Concrete,
     concrete,
     concrete_mask,
@@ -113,6 +114,7 @@ from mtl_jax.transforms.merging._wudi import wudi
 from mtl_jax.tree import combine
 
 __all__ = [
+    "Adversary",
     "BitDelta",
     "CmaEs",
     "CmaEsState",

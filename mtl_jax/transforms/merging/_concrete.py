@@ -16,6 +16,22 @@ Kind = Literal["relaxed", "sampled", "mean"]
 _ADAM = optax.adam(1e-3)
 
 
+class Adversary(NamedTuple):
+    """Who moves inputs against the merged model while it learns.
+
+    Attributes:
+      loss_fn: `loss_fn(params, noise, batch, task, args) -> scalar`, of one task, which
+        the noise makes small: minus the cross-entropy of predictions on moved inputs
+        against those on the inputs themselves. A function of a module.
+      noise: where it starts, leaves [tasks, ...], such as one input of zeros per task.
+      tx: its optimizer.
+    """
+
+    loss_fn: Any
+    noise: Any
+    tx: optax.GradientTransformation
+
+
 class Concrete(NamedTuple):
     """A learned mask and the coefficients that go with it.
 
@@ -23,11 +39,13 @@ class Concrete(NamedTuple):
       logits: tree like the base, float32: sigmoid(logit) is the chance of an entry.
       coeffs: tree like the base, leaves [T], for which it was learned.
       losses: [S, tasks] float32, of every step before its update.
+      noise: of an `Adversary`, where it ended; None without.
     """
 
     logits: Any
     coeffs: Any
     losses: jax.Array
+    noise: Any = None
 
 
 def concrete(
@@ -41,6 +59,7 @@ def concrete(
     logits: Any = 0.0,
     tx: optax.GradientTransformation = _ADAM,
     coeffs_tx: optax.GradientTransformation | None = None,
+    adversary: Adversary | None = None,
     temperature: float = 0.5,
     tasks: Any = None,
     args: Any = None,
@@ -68,6 +87,9 @@ def concrete(
       coeffs_tx: optimizer of the coefficients: every mask is judged after one step of
         theirs from `coeffs`, at the same draw. None: it is judged at `coeffs` (task
         arithmetic).
+      adversary: moves its noise by one step for every mask, before the mask learns.
+        Then `loss_fn` gets `(task, noise)` for its task, and is the loss on inputs plus
+        that on moved ones in the published method. None: there is no noise.
       temperature: of the mask; lower is nearer to 0 and 1.
       tasks: leaves [tasks, ...], what differs between tasks and stays; see `learner`.
       args: any arrays that the loss takes.
@@ -86,6 +108,8 @@ def concrete(
       Elimination for Multi-task Model Fusion", as in FusionBench: Adam at 1e-3, logits
       from 0; with `coeffs_tx` the first half of its AdaMerging variants, where this is
       Adam at 1.
+      With an adversary Yang et al. 2024, "Mitigating the Backdoor Effect for Multi-Task
+      Model Merging via Safety-Aware Subspace", with one noise per task.
     Differs: one row of coefficients per leaf throughout, so that the step is by leaf;
       both steps see one batch, and that of the coefficients its slope at `coeffs`,
       where FusionBench takes the one at the end of the step before.
@@ -111,9 +135,15 @@ def concrete(
             lambda x: jnp.full(jnp.shape(x), start, jnp.float32), base
         )
     tree.check_match(name, taus, _like(taus, logits), other_name="the logits")
+    against, noise = None, None
+    if adversary is not None:
+        if check_finite:
+            tree.check_finite(f"{name}: noise", adversary.noise)
+        noise = jax.tree.map(jnp.asarray, adversary.noise)
+        against = (adversary.loss_fn, adversary.tx)
     return _learn(
-        loss_fn, tx, coeffs_tx, base, taus, logits, coeffs, key, temperature,
-        batches, tasks, args,
+        loss_fn, tx, coeffs_tx, against, base, taus, logits, coeffs, noise, key,
+        temperature, batches, tasks, args,
     )  # fmt: skip
 
 
@@ -238,18 +268,19 @@ def _model(base, taus, coeffs, masks):
     return jax.tree.map(leaf, base, taus, coeffs, masks)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _learn(
-    loss_fn, tx, coeffs_tx, base, taus, logits, coeffs, key, temperature,
-    batches, tasks, args,
+    loss_fn, tx, coeffs_tx, against, base, taus, logits, coeffs, noise, key,
+    temperature, batches, tasks, args,
 ):  # fmt: skip
     def step(carry, item):
-        logits, state, inner = carry
+        logits, state, inner, noise, foe = carry
         key, batch = item
 
         def run(model, variables):
+            seen = tasks if noise is None else (tasks, noise)
             return _learning.slopes(
-                lambda found, _: model(found), loss_fn, variables, batch, tasks, args
+                lambda found, _: model(found), loss_fn, variables, batch, seen, args
             )
 
         moved = coeffs
@@ -257,17 +288,31 @@ def _learn(
             masks = _masks(logits, key, "relaxed", temperature)
             _, slopes = run(lambda found: _model(base, taus, found, masks), coeffs)
             moved, inner = _learning.descend(coeffs_tx, slopes, inner, coeffs)
-        losses, slopes = run(
-            lambda found: _model(
-                base, taus, moved, _masks(found, key, "relaxed", temperature)
-            ),
-            logits,
-        )
+
+        def model(found):
+            masks = _masks(found, key, "relaxed", temperature)
+            return _model(base, taus, moved, masks)
+
+        if against is not None:
+            slopes = _against(against[0], model(logits), noise, batch, tasks, args)
+            noise, foe = _learning.descend(against[1], slopes, foe, noise)
+        losses, slopes = run(model, logits)
         logits, state = _learning.descend(tx, slopes, state, logits)
-        return (logits, state, inner), losses
+        return (logits, state, inner, noise, foe), losses
 
     steps = jax.tree.leaves(batches)[0].shape[0]
     inner = None if coeffs_tx is None else coeffs_tx.init(coeffs)
-    carry = logits, tx.init(logits), inner
+    foe = None if against is None else against[1].init(noise)
+    carry = logits, tx.init(logits), inner, noise, foe
     carry, losses = jax.lax.scan(step, carry, (jax.random.split(key, steps), batches))
-    return Concrete(carry[0], coeffs, losses)
+    return Concrete(carry[0], coeffs, losses, carry[3])
+
+
+def _against(loss_fn, params, noise, batch, tasks, args):
+    """Slopes of an adversary's loss along the noise of every task, one by one."""
+
+    def one(item):
+        noise, batch, task = item
+        return jax.grad(lambda n: loss_fn(params, n, batch, task, args))(noise)
+
+    return jax.lax.map(one, (noise, batch, tasks))

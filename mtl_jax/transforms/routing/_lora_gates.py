@@ -46,7 +46,7 @@ def arrow_experts(
         that is not positive, or NaN or infinity.
 
     Follows: Ostapenko et al. 2024, "Towards Modular LLMs by Building and Reusing a
-      Library of LoRAs", section 4.2.
+      Library of LoRAs".
 
     >>> adapter = {"dense": {"kernel": {"a": jnp.ones((3, 1)), "b": jnp.ones((1, 2))}}}
     >>> found = arrow_experts([adapter, adapter], alpha=1.0)["dense"]
@@ -121,7 +121,7 @@ def poly_weights(
       ValueError: a temperature that is not positive.
 
     Follows: Ponti et al. 2023, "Combining Parameter-efficient Modules for Task-level
-      Generalisation", equation 3 and the released code.
+      Generalisation", and its released code.
 
     >>> poly_weights(jnp.array([0.0, 0.0, -30.0])).round(3).tolist()
     [0.5, 0.5, 0.0]

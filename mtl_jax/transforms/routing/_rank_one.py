@@ -49,9 +49,9 @@ def rank_one(
       ValueError: a rank below 1 or above what a matrix has, a group without a matrix,
         or as `upscale`.
 
-    Follows: Yang et al., "Merging Models on the Fly Without Retraining" and the code
-      EnnengYang/RankOne-MoE, as FusionBench has it: gates start at `static_scale`, and
-      all experts count; its configuration has 0.3 and 32 experts of each task.
+    Follows: the released code of RankOne-MoE (EnnengYang/RankOne-MoE), as FusionBench
+      has it: gates start at `static_scale`, and all experts count; its configuration
+      has 0.3 and 32 experts of each task.
     Differs: any group of matrices has a router, not only MLPs.
 
     >>> base, taus = {"w": jnp.zeros((2, 2))}, {"w": jnp.stack([jnp.eye(2)] * 3)}

@@ -143,6 +143,87 @@ def test_masks_are_judged_one_step_of_the_coefficients_from_where_they_start():
         np.testing.assert_allclose(still.losses[step, 0], want, rtol=1e-3)
 
 
+def moved_loss(params, batch, task, args):
+    """Of inputs, and of inputs that the noise has moved."""
+    del args
+    weight, noise = task
+    own = jnp.sum((params["a"] - batch) ** 2)
+    return weight * (own + 0.5 * jnp.sum((params["a"] - batch - noise) ** 2))
+
+
+def adversary_loss(params, noise, batch, task, args):
+    del args
+    return -task * jnp.sum((params["a"] - batch - noise) ** 2)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_an_adversary_moves_first_in_every_step(inner):
+    rng = np.random.default_rng(5)
+    base = {"a": jnp.asarray(rng.normal(size=(3, 2)), jnp.float32)}
+    taus = {"a": jnp.asarray(rng.normal(size=(2, 3, 2)), jnp.float32)}
+    batches = jnp.asarray(rng.normal(size=(4, 2, 3, 2)), jnp.float32)
+    tasks, key = jnp.array([1.0, 2.0]), jax.random.key(3)
+    noise = jnp.asarray(0.1 * rng.normal(size=(2, 3, 2)), jnp.float32)
+    found = merging.concrete(
+        base, taus, moved_loss, batches, key=key, tasks=tasks,
+        coeffs_tx=optax.sgd(0.01) if inner else None, tx=optax.sgd(0.2),
+        adversary=merging.Adversary(adversary_loss, noise, optax.sgd(0.05)),
+    )  # fmt: skip
+    logits, start = jnp.zeros((3, 2)), {"a": jnp.full(2, 0.3)}
+    for batch, own in zip(batches, jax.random.split(key, 4), strict=True):
+
+        def model(logits, coeffs, own=own):
+            learned = merging.Concrete({"a": logits}, coeffs, None)
+            delta = merging.concrete_merge(taus, learned, key=own)
+            return {"a": base["a"] + delta["a"]}
+
+        def total(logits, coeffs, noise, batch=batch, model=model):
+            params = model(logits, coeffs)
+            return sum(
+                moved_loss(params, batch[t], (tasks[t], noise[t]), None)
+                for t in range(2)
+            )
+
+        coeffs = start
+        if inner:
+            slope = jax.grad(total, 1)(logits, start, noise)
+            coeffs = jax.tree.map(lambda c, g: c - 0.01 * g, start, slope)
+        params = model(logits, coeffs)
+        slopes = [
+            jax.grad(adversary_loss, 1)(params, noise[t], batch[t], tasks[t], None)
+            for t in range(2)
+        ]
+        noise = noise - 0.05 * jnp.stack(slopes)
+        logits = logits - 0.2 * jax.grad(total)(logits, coeffs, noise)
+    np.testing.assert_allclose(found.noise, noise, atol=1e-4)
+    np.testing.assert_allclose(found.logits["a"], logits, atol=1e-4)
+
+
+def test_without_tasks_an_adversary_has_noise_alone_and_it_must_be_finite():
+    base, taus = {"a": jnp.zeros(2)}, {"a": jnp.ones((1, 2))}
+
+    def loss(params, batch, task, args):
+        del args
+        assert task[0] is None
+        return jnp.sum((params["a"] - batch - task[1]) ** 2)
+
+    def against(params, noise, batch, task, args):
+        del task, args
+        return -jnp.sum((params["a"] - batch - noise) ** 2)
+
+    batches, tx = jnp.ones((3, 1, 2)), optax.sgd(0.1)
+    found = merging.concrete(
+        base, taus, loss, batches, key=jax.random.key(0), tx=tx,
+        adversary=merging.Adversary(against, jnp.zeros((1, 2)), tx),
+    )  # fmt: skip
+    assert float(jnp.abs(found.noise).min()) > 0
+    with pytest.raises(ValueError, match="concrete: noise"):
+        merging.concrete(
+            base, taus, loss, batches, key=jax.random.key(0), tx=tx,
+            adversary=merging.Adversary(against, jnp.full((1, 2), jnp.nan), tx),
+        )  # fmt: skip
+
+
 def test_integers_and_dtypes_are_kept():
     base = {"w": jnp.ones(2, jnp.bfloat16), "step": jnp.array(3), "none": jnp.zeros(0)}
     taus = {
