@@ -17,9 +17,9 @@ import os, sys
 import jax, jax.numpy as jnp
 from mtl_jax._lapack import stacked
 
-names = sys.argv[1:]
-x = jax.random.normal(jax.random.key(0), (8, 160, 160))
-x = jnp.matmul(x, x.swapaxes(1, 2)) + 160 * jnp.eye(160)
+size, *names = sys.argv[1:]
+x = jax.random.normal(jax.random.key(0), (8, int(size), int(size)))
+x = jnp.matmul(x, x.swapaxes(1, 2)) + 160 * jnp.eye(int(size))
 
 
 @jax.jit
@@ -59,21 +59,24 @@ def positive(*shape):
     return jnp.matmul(x, jnp.swapaxes(x, -1, -2)) + eye
 
 
-@pytest.fixture(params=[False, True])
-def in_turn(request, monkeypatch):
-    monkeypatch.setattr(_lapack, "_WAITS", request.param)
+@pytest.fixture(params=[(False, 128), (True, 128), (False, 4), (True, 4)])
+def ways(request, monkeypatch):
+    """All at once, in a loop, and a call for each."""
+    waits, size = request.param
+    monkeypatch.setattr(_lapack, "_WAITS", waits)
+    monkeypatch.setattr(_lapack, "_SIZE", size)
 
 
 @pytest.mark.parametrize("name", ["cholesky", "eigh", "eigvalsh", "qr", "svd"])
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3), (0,)])
-def test_each_matrix_by_itself(in_turn, name, lead):
+def test_each_matrix_by_itself(ways, name, lead):
     x, fn = positive(*lead, 4, 4), getattr(jnp.linalg, name)
     found = jax.jit(lambda x: _lapack.stacked(fn, x))(x)
     chex.assert_trees_all_close(found, fn(x), atol=1e-5)
     assert jax.tree.structure(found) == jax.tree.structure(fn(x))
 
 
-def test_two_operands(in_turn):
+def test_two_operands(ways):
     factor = jnp.linalg.cholesky(positive(2, 3, 4, 4))
     target = jax.random.normal(jax.random.key(1), (2, 3, 4, 5))
     solve = lambda f, t: jax.scipy.linalg.cho_solve((f, True), t)  # noqa: E731
@@ -83,7 +86,7 @@ def test_two_operands(in_turn):
     np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=1e-5)
 
 
-def test_derivatives_and_vmap(in_turn):
+def test_derivatives_and_vmap(ways):
     x = positive(2, 3, 4, 4)
 
     def loss(fn):
@@ -99,10 +102,11 @@ def test_derivatives_and_vmap(in_turn):
 @pytest.mark.parametrize(
     ("code", "names"),
     [
-        (MANY, ("eigh",)),
-        (MANY, ("qr",)),
-        (MANY, ("svd",)),
-        (MANY, ("cholesky", "eigh")),
+        (MANY, ("160", "eigh")),
+        (MANY, ("160", "qr")),
+        (MANY, ("160", "svd")),
+        (MANY, ("160", "cholesky", "eigh")),
+        (MANY, ("120", "cholesky", "eigh")),
         (PARETO, ()),
     ],
 )
