@@ -5,8 +5,8 @@ python experiments/studies/prune_language.py --seeds 0 1
 SmolLM2-135M-Instruct; kernels of all projections are pruned to a half, or to 2 of every
 4 inputs, by magnitude, Wanda and SparseGPT, on Grams of packed training rows of four
 domains of text (`language_experts`), and split into a half and a part of low rank. A
-seed calibrates on other rows. Layers see what comes out of the dense ones below.
-Losses on test rows in nats a token go to OUT/prune-smollm2.json.
+seed draws 12 of 16 rows of each domain. Layers see what comes out of the dense ones
+below. Losses on test rows in nats a token go to OUT/prune-smollm2.json.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from language_experts import Experts, adapters_of, put, settings
 from mtl_jax import merging, models, report, tree
 from mtl_jax.train import causal_lm
 
-ROWS, RANK, STEPS = 12, 32, 4
+POOL, ROWS, RANK, STEPS = 16, 12, 32, 4
 Rule = Callable[[Any, Any], Any]
 
 
@@ -37,11 +37,9 @@ def grams(experts: Experts, seed: int) -> Any:
         lambda params, batch: compute(params, batch)[0],
         mask_fn=lambda batch: batch["segment_ids"],
     )
-    own = [experts.rows(name, "train", ROWS * (seed + 1)) for name in experts.names]
-    rows = [
-        {k: np.stack([x[k][r] for x in own]) for k in own[0]}
-        for r in range(ROWS * seed, ROWS * (seed + 1))
-    ]
+    drawn = np.random.default_rng(seed).permutation(POOL)[:ROWS]
+    own = [experts.rows(name, "train", POOL) for name in experts.names]
+    rows = [{k: np.stack([x[k][r] for x in own]) for k in own[0]} for r in drawn]
     batches = {k: jnp.stack([row[k] for row in rows]) for k in rows[0]}
     found = merging.mean_grams(capture, experts.base, batches)
     return jax.tree.map(lambda x: x[None], adapters_of(found, _pairs(experts.adapted)))
