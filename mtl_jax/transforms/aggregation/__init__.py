@@ -59,6 +59,7 @@ from mtl_jax.transforms.aggregation._flat_grads import (
 from mtl_jax.transforms.aggregation._grad_drop import grad_drop
 from mtl_jax.transforms.aggregation._grad_vac import GradVacState, grad_vac
 from mtl_jax.transforms.aggregation._imtl_g import imtl_g
+from mtl_jax.transforms.aggregation._instances import value_and_instance_gramian
 from mtl_jax.transforms.aggregation._krum import krum
 from mtl_jax.transforms.aggregation._linear import mean, sum
 from mtl_jax.transforms.aggregation._mgda import mgda
@@ -128,6 +129,7 @@ __all__ = [
     "value_and_feature_grads",
     "value_and_flat_grads",
     "value_and_gramian",
+    "value_and_instance_gramian",
     "value_and_scattered_grads",
     "value_and_task_grads",
     "weights",
