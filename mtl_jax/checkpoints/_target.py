@@ -28,12 +28,14 @@ _SHARDS = "model-*-of-*.safetensors"
 _OWN_FILES = (
     "adapter_config.json",
     "added_tokens.json",
+    "bank.json",
     "chat_template.*",
     "generation_config.json",
     "merges.txt",
     "sentencepiece*.model",
     "special_tokens_map.json",
     "spiece.model",
+    f"task.{12 * '[0-9a-f]'}.*",  # of the tasks in a bank
     "tokenizer.*",
     "tokenizer_config.json",
     "vocab.*",
@@ -138,8 +140,8 @@ def check_target(
 def retire(folder: pathlib.Path, files: Iterable[str]) -> None:
     """Removes a checkpoint that is replaced, first of all what makes it whole.
 
-    So that nothing of its tokenizer is taken for a part of the new one, files of such
-    names go too.
+    So that nothing of its tokenizer, or of a bank that it was, is taken for a part of
+    the new one, files of such names go too.
 
     Args:
       folder: where it is, or is not.

@@ -315,17 +315,18 @@ def test_a_finished_checkpoint_is_not_lost(tmp_path):
 
 
 def test_nothing_of_a_replaced_checkpoint_is_mixed_in(tmp_path):
-    """Its tokenizer goes with it; files that are no part of it stay."""
+    """Its tokenizer and its bank go with it; files that are no part of it stay."""
     specs = {"w": TensorSpec((2,), np.dtype(np.float32))}
     old = {"config.json", "tokenizer.json", "vocab.txt", "chat_template.jinja"}
+    old |= {"bank.json", "task.0123456789ab.config.json"}
     for number, names in enumerate((old, {"config.json", "tokenizer.json"})):
         with CheckpointWriter(tmp_path, specs, plan="p", overwrite=True) as writer:
             writer.write("w", 0, np.ones(2, np.float32))
             writer.finish(dict.fromkeys(names, str(number).encode()))
-        (tmp_path / "train.py").write_text("mine")
+        (tmp_path / "task.py").write_text("mine")
     (tmp_path / "model.safetensors").unlink()
     found = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    wanted = {"config.json": "1", "tokenizer.json": "1", "train.py": "mine"}
+    wanted = {"config.json": "1", "tokenizer.json": "1", "task.py": "mine"}
     assert found == wanted
 
 
