@@ -3,12 +3,11 @@
 None but CMA-ES, which is scored on validation rows, learns from a label. Fisher,
 RegMean, RegMean++, AdaSVD and Surgery read training rows; rules that minimise entropy
 read the test rows, as their papers do, and say so in their names; DOGE and DOP descend
-on the task vectors alone. Strengths, and the rates of AdaMerging, Gossip and Concrete,
-are chosen by accuracy on validation rows; the rate of Surgery is 1e-2, the step of
-Frank-Wolfe 0.1. Models that route are in `routed_rules`.
+on the task vectors alone. Strengths, and the rates of AdaMerging, Gossip, Concrete and
+Surgery, are chosen by accuracy on validation rows; the step of Frank-Wolfe is 0.1.
+Models that route are in `routed_rules`.
 """
 
-import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterable
@@ -25,11 +24,6 @@ from mtl_jax.train import state as train_state
 
 ROWS, BATCH, START = 64, 16, 0.3
 GATE_RANK, GENERATIONS, ROUNDS = 16, 12, 4
-RATES = (1e-2, 3e-3, 1e-3)
-
-
-def _expert(base: Any, taus: Any, task: int) -> Any:
-    return tree.add_scaled(base, zoo.task_delta(taus, task))
 
 
 def _some(material: zoo.Material, task: int, count: int) -> Any:
@@ -50,7 +44,7 @@ def fisher(taus: Any, chosen: Any, material: zoo.Material) -> zoo.Fit:
         head = jax.tree.map(lambda x, t=task: x[t], material.heads())
         diagonals = merging.fisher_diagonal(
             logits,  # One function for all tasks: it compiles once.
-            {"model": _expert(material.zoo.base, taus, task), "head": head},
+            {"model": table.expert(material.zoo.base, taus, task), "head": head},
             (_some(material, task, ROWS),),
             labels="sampled",
             key=jax.random.key(task),
@@ -81,7 +75,7 @@ def regmean(taus: Any, chosen: Any, material: zoo.Material) -> zoo.Fit:
     del chosen
     capture, trained, grams = _capture(material), set(tree.paths(taus)), []
     for task in range(material.count):
-        expert = _expert(material.zoo.base, taus, task)
+        expert = table.expert(material.zoo.base, taus, task)
         found = merging.mean_grams(capture, expert, _in_batches(material, task))
         named = zip(tree.paths(found), jax.tree.leaves(found), strict=True)
         grams.append({name: gram for name, gram in named if name in trained})
@@ -133,7 +127,7 @@ def evolved(taus: Any, chosen: Any, material: zoo.Material) -> zoo.Fit:
     del chosen
     evaluator, base = material.evaluator, material.zoo.base
     experts = [
-        evaluator.accuracy(_expert(base, taus, task), task, "validation")
+        evaluator.accuracy(table.expert(base, taus, task), task, "validation")
         for task in range(material.count)
     ]
     search = merging.cma_es(jnp.full(material.count, START))
@@ -261,7 +255,9 @@ def concrete(
     return adamerging(masked, chosen, material, steps=steps, rate=rate, kind="leaf")
 
 
-def surgery(taus: Any, chosen: Any, material: zoo.Material, *, steps: int) -> zoo.Fit:
+def surgery(
+    taus: Any, chosen: Any, material: zoo.Material, *, steps: int, rate: float
+) -> zoo.Fit:
     """Task arithmetic whose features are corrected towards each expert's."""
     del chosen
     base, count = material.zoo.base, material.count
@@ -277,11 +273,11 @@ def surgery(taus: Any, chosen: Any, material: zoo.Material, *, steps: int) -> zo
     pairs = []
     for task in range(count):
         own = jax.tree.map(lambda x, t=task: jnp.asarray(x[:, t]), stack)
-        expert = _expert(base, taus, task)
+        expert = table.expert(base, taus, task)
         pairs.append((features(merged, own), features(expert, own)))
     ours, theirs = (jnp.stack(x) for x in zip(*pairs, strict=True))
     found = merging.surgery(
-        ours, theirs, key=jax.random.key(0), rank=16, tx=optax.adam(1e-2)
+        ours, theirs, key=jax.random.key(0), rank=16, tx=optax.adam(rate)
     )
 
     def corrected(params, inputs, task):
@@ -292,29 +288,6 @@ def surgery(taus: Any, chosen: Any, material: zoo.Material, *, steps: int) -> zo
     return zoo.Fit(
         features=corrected, params={"model": merged, "surgery": found.params}
     )
-
-
-def _rated(fit: Callable[..., zoo.Fit]) -> Callable[..., zoo.Fit]:
-    """The fit at the rate whose model is best on validation rows."""
-
-    def best(taus, chosen, material):
-        evaluator, base = material.evaluator, material.zoo.base
-        experts = [
-            evaluator.accuracy(_expert(base, taus, task), task, "validation")
-            for task in range(material.count)
-        ]
-        fits, scores = {}, {}
-        for rate in RATES:
-            fits[rate] = fit(taus, chosen, material, rate=rate)
-            model = tree.add_scaled(base, fits[rate].delta)
-            found = evaluator.accuracies(model, "validation")
-            scores[rate] = float(merging.normalised_accuracy(found, experts))
-        rate = max(scores, key=scores.__getitem__)
-        return dataclasses.replace(
-            fits[rate], details={"rate": rate, "validation": scores}
-        )
-
-    return best
 
 
 def _alone(rule: table.Rule) -> Callable[..., zoo.Fit]:
@@ -335,12 +308,14 @@ def rows(steps: int) -> Iterable[zoo.LearnedModel]:
         yield zoo.LearnedModel(name=name, fit=fit, scales=table.MEAN)
     by_leaf = part(adamerging, kind="leaf")
     learned = {
-        "AdaMerging, by task": _rated(part(adamerging, kind="task", steps=steps)),
-        "AdaMerging, by leaf": _rated(part(by_leaf, steps=steps)),
-        "AdaMerging++, by leaf": _rated(part(by_leaf, plus=True, steps=steps)),
-        "Gossip, by task": _rated(part(gossip, steps=steps)),
-        "Concrete task arithmetic": _rated(part(concrete, steps=steps)),
-        "Concrete AdaMerging, by leaf": _rated(part(concrete, adapt=True, steps=steps)),
+        "AdaMerging, by task": table.rated(part(adamerging, kind="task", steps=steps)),
+        "AdaMerging, by leaf": table.rated(part(by_leaf, steps=steps)),
+        "AdaMerging++, by leaf": table.rated(part(by_leaf, plus=True, steps=steps)),
+        "Gossip, by task": table.rated(part(gossip, steps=steps)),
+        "Concrete task arithmetic": table.rated(part(concrete, steps=steps)),
+        "Concrete AdaMerging, by leaf": table.rated(
+            part(concrete, adapt=True, steps=steps)
+        ),
         "Frank-Wolfe, by leaf": part(frank_wolfe, selection="hard", steps=steps),
         "Frank-Wolfe, by leaf, soft": part(frank_wolfe, selection="soft", steps=steps),
     }
@@ -348,5 +323,5 @@ def rows(steps: int) -> Iterable[zoo.LearnedModel]:
         yield zoo.LearnedModel(name=f"{name} (test inputs)", fit=fit)
     yield zoo.LearnedModel(name="CMA-ES, by task (validation rows)", fit=evolved)
     yield zoo.LearnedModel(
-        name="Surgery on task arithmetic", fit=part(surgery, steps=steps)
+        name="Surgery on task arithmetic", fit=table.rated(part(surgery, steps=steps))
     )

@@ -1,8 +1,9 @@
 """Merge rules that route, and adapters restored from bases, as rows of a study.
 
 No router is told the task. SMILE reads no rows; WEMoE, experts of rank one and DAWE
-learn from the entropy of predictions on test inputs, as in their papers; the router of
-Twin-Merging from training inputs and the names of their tasks.
+learn from the entropy of predictions on test inputs, as in their papers, at rates
+chosen on validation rows; the router of Twin-Merging from training inputs and the names
+of their tasks.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import rule_table as table
 
 from mtl_jax import losses, merging, models, routing, tree, zoo
 from mtl_jax.train import state as train_state
@@ -23,6 +25,7 @@ from mtl_jax.zoo import experts
 RANK, BATCH, START = 16, 16, 0.3
 POOL = 32
 ROUTER_STEPS, ROUTER_BATCH = 1000, 128
+RATES = (1e-2, 1e-3, 1e-4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +66,7 @@ def we_moe(
     material: zoo.Material,
     *,
     steps: int,
+    rate: float,
     pool: int | None = None,
 ) -> zoo.Fit:
     """One router per MLP, or per layer of one, learned from entropy of test inputs.
@@ -106,7 +110,7 @@ def we_moe(
         return losses.softmax_entropy(logits, task["active"]).mean()
 
     batches = material.batches("test", steps=steps, batch_size=BATCH, seed=0)
-    run = merging.learner(lambda routers, _: routers, loss_fn, optax.adam(1e-3))
+    run = merging.learner(lambda routers, _: routers, loss_fn, optax.adam(rate))
     stack = jax.tree.map(jnp.asarray, next(iter(batches)))
     learned = run(routers, stack, material.heads(), args=model)
 
@@ -118,7 +122,9 @@ def we_moe(
     return zoo.Fit(features=features, params=params)
 
 
-def dawe(taus: Any, chosen: Any, material: zoo.Material, *, steps: int) -> zoo.Fit:
+def dawe(
+    taus: Any, chosen: Any, material: zoo.Material, *, steps: int, rate: float
+) -> zoo.Fit:
     """One router for the whole model, on features of the base, learned from entropy."""
     del chosen
     opened = material.zoo
@@ -141,7 +147,7 @@ def dawe(taus: Any, chosen: Any, material: zoo.Material, *, steps: int) -> zoo.F
     start = routing.init_router(
         jax.random.key(0), width, material.count, depth=1, bias=START
     )
-    run = merging.learner(lambda router, _: router, loss_fn, optax.adam(1e-3))
+    run = merging.learner(lambda router, _: router, loss_fn, optax.adam(rate))
     learned = run(start, stack, material.heads(), args=model)
 
     def features(params, inputs, task):
@@ -195,13 +201,13 @@ def twin(taus: Any, chosen: Any, material: zoo.Material) -> zoo.Fit:
 
 def rows(steps: int) -> Iterable[zoo.Row]:
     """One row per rule; `steps` of what learns from rows."""
+    part = functools.partial
+    rated = part(table.rated, rates=RATES)
     for name, fit in {
         f"SMILE, rank {RANK}": smile,
-        "WEMoE (test inputs)": functools.partial(we_moe, steps=steps),
-        "rank-one experts (test inputs)": functools.partial(
-            we_moe, steps=steps, pool=POOL
-        ),
-        "DAWE (test inputs)": functools.partial(dawe, steps=steps),
+        "WEMoE (test inputs)": rated(part(we_moe, steps=steps)),
+        "rank-one experts (test inputs)": rated(part(we_moe, steps=steps, pool=POOL)),
+        "DAWE (test inputs)": rated(part(dawe, steps=steps)),
         f"Twin, rank {RANK}": twin,
     }.items():
         yield zoo.LearnedModel(name=name, fit=fit)

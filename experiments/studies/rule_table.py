@@ -3,15 +3,17 @@
 Rules that look at data are in `learned_rules`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from mtl_jax import merging, zoo
+from mtl_jax import merging, tree, zoo
 
 SUM = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0)
 MEAN = (0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0)
+RATES = (1e-2, 3e-3, 1e-3)
 KEY = jax.random.key(0)
 Rule = Callable[[Any], Any]
 
@@ -114,3 +116,38 @@ def task_models(base: Any) -> tuple[zoo.TaskModels, ...]:
             bits=lambda tasks, trained, frozen: 32 * (2 * trained + frozen),
         ),
     )
+
+
+def expert(base: Any, taus: Any, task: int) -> Any:
+    """The weights of one expert."""
+    return tree.add_scaled(base, zoo.task_delta(taus, task))
+
+
+def rated(
+    fit: Callable[..., zoo.Fit], rates: tuple[float, ...] = RATES
+) -> Callable[..., zoo.Fit]:
+    """The fit at the rate whose model is best on validation rows."""
+
+    def best(taus, chosen, material):
+        evaluator, base = material.evaluator, material.zoo.base
+        experts = [
+            evaluator.accuracy(expert(base, taus, task), task, "validation")
+            for task in range(material.count)
+        ]
+        kept, scores = zoo.Fit(delta=taus), {}
+        for rate in rates:
+            found = fit(taus, chosen, material, rate=rate)
+            if found.features is None:
+                model = tree.add_scaled(base, found.delta)
+                accuracies = evaluator.accuracies(model, "validation")
+            else:
+                accuracies = evaluator.accuracies_of(
+                    found.features, found.params, "validation"
+                )
+            score = float(merging.normalised_accuracy(accuracies, experts))
+            if score > max(scores.values(), default=-1.0):
+                kept = dataclasses.replace(found, details={"rate": rate})
+            scores[rate] = score
+        return dataclasses.replace(kept, details={**kept.details, "validation": scores})
+
+    return best
