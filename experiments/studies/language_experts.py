@@ -88,6 +88,13 @@ def adapters_of(params: Any, like: Any) -> Any:
     return {key: adapters_of(params[key], value) for key, value in like.items()}
 
 
+def product(lora: Any) -> Any:
+    """What an adapter of scale 1 adds."""
+    if set(lora) == {"a", "b"}:
+        return jnp.matmul(lora["a"], lora["b"], precision="highest")
+    return {key: product(value) for key, value in lora.items()}
+
+
 def put(params: Any, part: Any) -> Any:
     """Nested dicts with some of their leaves replaced."""
     if not isinstance(part, dict):

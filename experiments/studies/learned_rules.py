@@ -126,10 +126,7 @@ def evolved(taus: Any, chosen: Any, material: zoo.Material) -> zoo.Fit:
     """Coefficients by task, by CMA-ES on the accuracy of validation rows."""
     del chosen
     evaluator, base = material.evaluator, material.zoo.base
-    experts = [
-        evaluator.accuracy(table.expert(base, taus, task), task, "validation")
-        for task in range(material.count)
-    ]
+    experts = table.expert_accuracies(taus, material)
     search = merging.cma_es(jnp.full(material.count, START))
     state, trace = search.init(), []
     for key in jax.random.split(jax.random.key(0), GENERATIONS):

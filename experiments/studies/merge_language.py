@@ -26,10 +26,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import rule_table as table
-from language_experts import TEST, TOKENS, VALIDATION, Experts, settings
+from language_experts import TEST, TOKENS, VALIDATION, Experts, product, settings
 
 from mtl_jax import adapters, merging, report, tree, zoo
 from mtl_jax.train import causal_lm
@@ -134,13 +133,6 @@ def rows(base: Any, lora: causal_lm.LoraSettings, count: int) -> dict[str, Row]:
         table.SUM,
     )
     return found
-
-
-def product(lora: Any) -> Any:
-    """What an adapter of scale 1 adds."""
-    if set(lora) == {"a", "b"}:
-        return jnp.matmul(lora["a"], lora["b"], precision="highest")
-    return {key: product(value) for key, value in lora.items()}
 
 
 def climb(loss: Callable[[float], float], grid: Sequence[float], start: float) -> float:

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from language_experts import Experts, adapters_of, put, settings
+from language_experts import Experts, adapters_of, product, put, settings
 
 from mtl_jax import merging, models, report, tree
 from mtl_jax.train import causal_lm
@@ -81,13 +81,6 @@ def _split(steps: int) -> Rule:
         return jax.tree.map(lambda s, y: (s + y)[None], found.sparse, low)
 
     return rule
-
-
-def product(node: Any) -> Any:
-    """What an adapter of scale 1 adds."""
-    if set(node) == {"a", "b"}:
-        return jnp.matmul(node["a"], node["b"], precision="highest")
-    return {key: product(value) for key, value in node.items()}
 
 
 def rules() -> dict[str, Rule]:

@@ -123,6 +123,16 @@ def expert(base: Any, taus: Any, task: int) -> Any:
     return tree.add_scaled(base, zoo.task_delta(taus, task))
 
 
+def expert_accuracies(taus: Any, material: zoo.Material) -> list[float]:
+    """Of every expert on validation rows of its task."""
+    return [
+        material.evaluator.accuracy(
+            expert(material.zoo.base, taus, task), task, "validation"
+        )
+        for task in range(material.count)
+    ]
+
+
 def rated(
     fit: Callable[..., zoo.Fit], rates: tuple[float, ...] = RATES
 ) -> Callable[..., zoo.Fit]:
@@ -130,11 +140,8 @@ def rated(
 
     def best(taus, chosen, material):
         evaluator, base = material.evaluator, material.zoo.base
-        experts = [
-            evaluator.accuracy(expert(base, taus, task), task, "validation")
-            for task in range(material.count)
-        ]
-        kept, scores = zoo.Fit(delta=taus), {}
+        experts = expert_accuracies(taus, material)
+        kept, scores = None, {}
         for rate in rates:
             found = fit(taus, chosen, material, rate=rate)
             if found.features is None:
@@ -145,9 +152,10 @@ def rated(
                     found.features, found.params, "validation"
                 )
             score = float(merging.normalised_accuracy(accuracies, experts))
-            if score > max(scores.values(), default=-1.0):
+            if kept is None or score > max(scores.values()):
                 kept = dataclasses.replace(found, details={"rate": rate})
             scores[rate] = score
+        assert kept is not None, "rated: no rates"
         return dataclasses.replace(kept, details={**kept.details, "validation": scores})
 
     return best
