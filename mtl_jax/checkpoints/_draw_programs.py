@@ -33,35 +33,35 @@ def share(u: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def rank_places(
-    order: jax.Array, keys: jax.Array, start: jax.Array, chances: jax.Array, rows: Any
-) -> tuple[jax.Array, jax.Array]:
-    """Draws a rank for every entry, to be kept if it is of that rank or above.
+def rivals(
+    values: jax.Array, keys: jax.Array, start: jax.Array, chances: jax.Array, rows: Any
+) -> jax.Array:
+    """Draws for every entry the place of another one of its row.
 
-    With u = low + (high - low) q / (n - 1) the chance of the rank r exceeds u where
-    r > q: where the entry is not below the one of rank floor(q) + 1.
+    An entry is above a random other one with the chance rank / (n - 1): with u = low +
+    (high - low) q / (n - 1), that other one is the floor(q)-th.
 
     Args:
-      order: uint32 [T, C], magnitudes in ascending order in their rows.
+      values: uint32 [T, C], of which only the shape counts.
       keys: uint32 [T, 2].
       start: uint32 [2], of the chunk.
       chances: float32 [T, 2], low and high.
-      rows: int32 [2, C], index of the first entry of the row, and its last rank.
+      rows: int32 [C], index of the first entry of the row, and int32, its last rank.
 
     Returns:
-      uint32 [T, C], twice the magnitudes, and 1 more where the one before is equal; and
-      int32 [T, C], the place of the rank drawn in them.
+      int32 [T, C].
     """
     first, last = rows
-    again = jnp.concatenate([jnp.zeros_like(order[:, :1]), order[:, :-1]], axis=1)
+    own = jax.lax.iota(jnp.int32, values.shape[1]) - first
     places = []
-    for t in range(order.shape[0]):
-        u = share(random_bits(keys[t], start, order.shape[1]))
+    for t in range(values.shape[0]):
+        u = share(random_bits(keys[t], start, values.shape[1]))
         low, high = chances[t]
         spread = jnp.where(high > low, high - low, jnp.float32(1))
         q = jnp.floor((u - low) / spread * last.astype(jnp.float32))
-        places.append(first + jnp.clip(q.astype(jnp.int32) + 1, 0, last))
-    return (order << 1) | (order == again).astype(jnp.uint32), jnp.stack(places)
+        other = jnp.clip(q.astype(jnp.int32), 0, last - 1)
+        places.append(first + other + (other >= own).astype(jnp.int32))
+    return jnp.stack(places)
 
 
 @jax.jit
@@ -69,7 +69,7 @@ def look_up(values: jax.Array, places: jax.Array) -> jax.Array:
     """values[t, places[t]]; on its own, as nothing that it is fused with vectorises."""
     return jnp.stack(
         [
-            row.at[place].get(mode="promise_in_bounds")
+            row.at[place].get(mode="clip")
             for row, place in zip(values, places, strict=True)
         ]
     )
@@ -78,22 +78,20 @@ def look_up(values: jax.Array, places: jax.Array) -> jax.Array:
 @jax.jit
 def rank_mask(
     values: jax.Array,
-    edges: jax.Array,
+    others: jax.Array,
     keys: jax.Array,
     start: jax.Array,
     chances: jax.Array,
-    rows: jax.Array,
+    rows: Any,
 ) -> jax.Array:
     """Which entries are kept: uint8 [ceil(T / 8), C], bit t % 8 of t // 8.
 
-    Of equals, those at the first of their ranks keep each other, and at the others a
-    bit decides: so each has the chance of their mean rank.
+    Between equals a bit decides: so each has the chance of their mean rank.
 
     Args:
       values: uint32 [T, C], magnitudes.
-      edges: uint32 [T, C], twice the magnitude of the rank drawn, odd where the one
-        before is equal.
-      keys: as in `rank_places`, and so are the others.
+      others: uint32 [T, C], magnitudes at `rivals`.
+      keys: as in `rivals`, and so are the others.
       start: of the chunk.
       chances: low and high.
       rows: index of the first entry of the row, and its last rank.
@@ -101,11 +99,11 @@ def rank_mask(
     packed = [jnp.zeros(values.shape[1], jnp.uint8)] * -(-len(values) // 8)
     for t in range(len(values)):
         u = random_bits(keys[t], start, values.shape[1])
-        uniform, own = share(u), values[t] << 1
+        uniform, own, other = share(u), values[t], others[t]
         low, high = chances[t]
-        reaches = (own >= edges[t]) | ((own + 1 == edges[t]) & ((u & 1) == 1))
+        above = (own > other) | ((own == other) & ((u & 1) == 1))
         # A row of one entry has no order.
-        inside = jnp.where(rows[1] > 0, reaches, uniform < (low + high) / 2)
+        inside = jnp.where(rows[1] > 0, above, uniform < (low + high) / 2)
         keep = (uniform < low) | ((uniform < high) & inside)
         packed[t // 8] |= keep.astype(jnp.uint8) << (t % 8)
     return jnp.stack(packed)

@@ -47,6 +47,18 @@ def _lanes(x: jax.Array) -> jax.Array:
     return jnp.sum(x.reshape(-1, lanes), axis=0)
 
 
+def _all_lanes(parts: list[jax.Array]) -> jax.Array:
+    """Sums of many values of a chunk, [n, lanes].
+
+    Eighths are added first, by a program that reads the chunk once for all of them; of
+    reductions each reads it again.
+    """
+    if parts[0].size % 8:
+        return jnp.stack([_lanes(x) for x in parts])
+    eighths = jnp.stack([_sum(list(x.reshape(8, -1))) for x in parts])
+    return jax.vmap(_lanes)(eighths)
+
+
 @functools.partial(jax.jit, static_argnames="dtype")
 def combine(data: jax.Array, weights: jax.Array, *, dtype: Any) -> jax.Array:
     """sum_i weights[i] x_i."""
@@ -159,13 +171,9 @@ def _elected(values, score, weights, normalize):
 def norms(data: jax.Array, args: Any, *, select: Select) -> jax.Array:
     """[T, 2, lanes], sums of |tau| and of |tau| where it is selected."""
     _, deltas = _deltas(data)
-    kept = _kept(select, deltas, args)
-    return jnp.stack(
-        [
-            jnp.stack([_lanes(jnp.abs(d)), _lanes(jnp.abs(k))])
-            for d, k in zip(deltas, kept, strict=True)
-        ]
-    )
+    pairs = zip(deltas, _kept(select, deltas, args), strict=True)
+    sums = _all_lanes([jnp.abs(x) for pair in pairs for x in pair])
+    return sums.reshape(len(deltas), 2, -1)
 
 
 @functools.partial(jax.jit, static_argnames="based")
@@ -219,7 +227,7 @@ def _chosen(deltas: list[jax.Array], cut: jax.Array | None) -> list[jax.Array]:
 def squares(data: jax.Array, cut: jax.Array | None) -> jax.Array:
     """[T, lanes], sums of squares where the variance reaches the cutoff."""
     deltas = _chosen(_deltas(data)[1], cut)
-    return jnp.stack([_lanes(jnp.square(d)) for d in deltas])
+    return _all_lanes([jnp.square(d) for d in deltas])
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -246,14 +254,9 @@ def _changed(deltas: list[jax.Array], epsilon: jax.Array):
 def overlaps(data: jax.Array, epsilon: jax.Array) -> jax.Array:
     """[T, 2, lanes], how many changed entries others changed too, and none else."""
     moved, count = _changed(_deltas(data)[1], epsilon)
-    shared = [m & (count > 1) for m in moved]
-    unique = [m & (count == 1) for m in moved]
-    return jnp.stack(
-        [
-            jnp.stack([_lanes(m.astype(jnp.float32)) for m in pair])
-            for pair in zip(shared, unique, strict=True)
-        ]
-    )
+    kinds = [m & kind for m in moved for kind in (count > 1, count == 1)]
+    sums = _all_lanes([m.astype(jnp.float32) for m in kinds])
+    return sums.reshape(len(moved), 2, -1)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

@@ -31,14 +31,13 @@ class _Rows:
         self._keys = work.keys()
         self._chance = _chances(work)
         self._length = max(work.stream.row, 1)
-        self._buffers = work.buffers
 
 
 class Ranks(_Rows, Drawn):
-    """Draws against order statistics: an entry is kept if it is not below a random one.
+    """Draws against other entries: one is kept if it is not below a random rival.
 
-    The row is sorted, but no entry looks for its own rank. Equals share the mean of
-    their ranks.
+    How many of its row are below an entry is its rank, so nothing is sorted. Equals
+    share the mean of their ranks.
     """
 
     def __init__(self, work: Work):
@@ -47,18 +46,14 @@ class Ranks(_Rows, Drawn):
         _, padded = work.stream.bounds(rows=True)
         index = np.arange(padded, dtype=np.int32)
         first = index // self._length * self._length
-        self._places = np.stack([first, np.full_like(first, self._length - 1)])
+        self._places = (first, np.int32(self._length - 1))
 
     def _draw(self, chunk: Chunk) -> jax.Array:
         values = _programs.magnitudes(chunk.data)
-        order = self._buffers.get("order", values.shape, np.dtype(np.uint32))
-        order[...] = values
-        # In place, row by row.
-        for lane in order:
-            lane[: chunk.length].reshape(-1, self._length).sort(axis=-1)
         drawn = (self._keys, halves(chunk.start), self._chance, self._places)
-        edges = _draw_programs.look_up(*_draw_programs.rank_places(order, *drawn))
-        return _draw_programs.rank_mask(values, edges, *drawn)
+        places = _draw_programs.rivals(values, *drawn)
+        others = _draw_programs.look_up(values, places)
+        return _draw_programs.rank_mask(values, others, *drawn)
 
 
 class Chances(_Rows):

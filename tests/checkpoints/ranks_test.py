@@ -52,6 +52,14 @@ def test_chances_grow_with_the_rank(row):
     np.testing.assert_allclose(share, wanted, rtol=0, atol=0.04)
 
 
+def test_rows_are_ranked_apart():
+    rows = np.array([[4.0, 3.0, 2.0, 1.0], [0.1, 0.2, 0.3, 0.4], [9.0, 8.0, 6.0, 7.0]])
+    share = drawn(rows, density=0.5, epsilon=0.4, chunk=1 << 10)
+    share = share.reshape(ROWS, *rows.shape).mean(0)
+    wanted = [0.1 + 0.8 * mean_rank(row) / 3 for row in rows]
+    np.testing.assert_allclose(share, wanted, rtol=0, atol=0.04)
+
+
 def test_without_spread_all_ranks_are_alike():
     share = drawn(np.arange(LENGTH), density=0.7, epsilon=0.0).mean(0)
     np.testing.assert_allclose(share, 0.7, rtol=0, atol=0.04)
