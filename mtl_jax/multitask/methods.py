@@ -210,7 +210,9 @@ def _make(
         options = {"num_tasks": count, **options}
     made = factory(**options)
     if isinstance(made, weighting.Weighting):
-        return weighting.as_aggregator(made, count), (".*",)
+        # Norms are those of shared leaves; otherwise one pass serves all leaves.
+        acts_on = problem.model.shared_paths if "norms" in made.needs else (".*",)
+        return weighting.as_aggregator(made, count), acts_on
     return made, problem.model.shared_paths
 
 

@@ -87,3 +87,13 @@ def split_blocks(batch: Any, mesh: Mesh, count: int) -> Any:
 def join_batch(batch: Any, rows: Any) -> Any:
     """A microbatch: the rows, and the scalars of the whole batch."""
     return jax.tree.map(lambda x, r: x if r is None else r, batch, rows)
+
+
+def mean_of_two(first: Any, second: Any) -> Any:
+    """The mean of two trees, leaf by leaf, formed in float32 and cast once."""
+
+    def leaf(x, y):
+        wide = mtl_tree.wide_dtype(x.dtype)
+        return ((x.astype(wide) + y.astype(wide)) / 2).astype(x.dtype)
+
+    return jax.tree.map(leaf, first, second)

@@ -9,8 +9,8 @@ import optax
 from jax.sharding import Mesh
 
 from mtl_jax import tree as mtl_tree
-from mtl_jax.train import sharding
 from mtl_jax.train.accumulate import (
+    mean_of_two,
     mean_over_microbatches,
     mean_over_parts,
     split_batch,
@@ -76,6 +76,7 @@ class PerTaskGradients:
         self.aggregator = optax.with_extra_args_support(trainable.aggregator)
         self.rule = getattr(trainable.aggregator, "rule", None)
         self.reads = ("gram",) if self.rule is None else self.rule.reads
+        self.heads = getattr(trainable.aggregator, "heads", None)
         self.losses = TaskLosses(trainable, mesh, accumulate)
         self.num_tasks: int | None = None  # Of the first trace.
 
@@ -87,11 +88,37 @@ class PerTaskGradients:
         if engine == "flat":
             return self._from_flat(state, batch, key)
         if engine == "bilevel":
-            self._check_parts("the aggregator holds out a half of the batch", batch, 2)
+            self.losses.check_parts(
+                "the aggregator holds out a half of the batch", batch, 2
+            )
             values, grads, new, weights = held_out_gradients(
                 self.losses, state, batch, key
             )
             return self._found(values, grads, new, None, weights)
+        if self.rule is not None and self.rule.due is not None:
+            return self._when_due(state, batch, key)
+        return self._whole(state, batch, key)
+
+    def _when_due(self, state: TrainState, batch: Any, key: chex.PRNGKey) -> Found:
+        """Looks at the tasks only where the method is going to; without conflicts."""
+        assert self.rule is not None and self.rule.due is not None
+
+        def known():
+            way = self._from_constants if self.accumulate > 1 else self._from_losses
+            return way(state, batch, key)
+
+        names = jax.eval_shape(known).metrics
+
+        def whole():
+            found = self._whole(state, batch, key)
+            return found._replace(metrics={n: found.metrics[n] for n in names})
+
+        due = self.rule.due(state.opt_state.aggregator.method)
+        return jax.lax.cond(due, whole, known)
+
+    def _whole(self, state: TrainState, batch: Any, key: chex.PRNGKey) -> Found:
+        """By the engines that form task gradients, or as little of them as will do."""
+        engine = self.trainable.grads
         if "cross_gram" in self.reads:
             return self._from_halves(state, batch, key)
         if engine == "auto" and "gram" not in self.reads:
@@ -138,10 +165,21 @@ class PerTaskGradients:
         )
         extra = self.losses.known(values[0], batch)
         weights, new = self._weigh(None, state.opt_state.aggregator, extra)
-        rest = pull_rest(jnp.ones_like(values[0]))
+        rest = pull_rest(self._counts(values[0], weights))
         return self._found(
             values, merge(pull_shared(weights), rest), new, None, weights
         )
+
+    def _counts(self, losses: chex.Array, weights: chex.Array | None) -> chex.Array:
+        """What losses count for in leaves that are not shared, [T]."""
+        ones = jnp.ones_like(losses)
+        return ones if self.heads is None else self.heads(losses, weights) * ones
+
+    def _rest(self, rest: Any, losses: chex.Array, weights: chex.Array | None) -> Any:
+        """The sum over tasks, of what `_rows` gives for leaves that are not shared."""
+        if self.heads is None or not jax.tree.leaves(rest):
+            return rest
+        return mtl_tree.combine(rest, self._counts(losses, weights))
 
     def _from_constants(
         self, state: TrainState, batch: Any, key: chex.PRNGKey
@@ -157,7 +195,7 @@ class PerTaskGradients:
                 state.params,
                 lambda p: self.losses.at(p, state.frozen, micro, key, shares(micro)),
             )
-            rest = pull_rest(jnp.ones_like(values[0]))
+            rest = pull_rest(self._counts(values[0], weights))
             return values, merge(pull_shared(weights), rest)
 
         values, grads = mean_over_microbatches(
@@ -165,37 +203,10 @@ class PerTaskGradients:
         )
         return self._found(values, grads, new, None, weights)
 
-    def _rows(
-        self, state: TrainState, batch: Any, key: chex.PRNGKey, parts: int
-    ) -> Any:
-        """`run(microbatch, key) -> ((values, shares), (task gradients, rest))`."""
-        engine = "vmap" if self.trainable.grads == "vmap" else "map"
-        shares = self.losses.shares(batch, parts)
-        blocks = self.trainable.task_blocks and engine == "map"
-        if blocks:
-            count = self.losses.count(state.params, state.frozen, batch, key)
-            why = f"task_blocks wants equal blocks of {count} tasks"
-            self._check_parts(why, batch, parts * count)
-
-        def run(micro, key):
-            own = shares(micro)
-            if blocks:
-                values, rows, rest = self.losses.rows_of_blocks(
-                    state.params, state.frozen, micro, key, own
-                )
-                return (values, own), (rows, rest)
-            values, pull_shared, pull_rest = self.losses.vjp(
-                state.params,
-                lambda p: self.losses.at(p, state.frozen, micro, key, own),
-            )
-            rows = aggregation.task_rows(pull_shared, values[0], engine=engine)
-            return (values, own), (rows, pull_rest(jnp.ones_like(values[0])))
-
-        return run
-
     def _from_rows(self, state: TrainState, batch: Any, key: chex.PRNGKey) -> Found:
         """Forms the task gradients of the shared leaves."""
-        run = self._rows(state, batch, key, self.accumulate)
+        apart = self.heads is not None
+        run = self.losses.rows(state, batch, key, self.accumulate, apart=apart)
         (values, _), (rows, rest) = mean_over_microbatches(
             run, batch, key, self.mesh, self.accumulate
         )
@@ -209,6 +220,7 @@ class PerTaskGradients:
                 shared,
                 self.losses.known(values[0], batch),
             )
+            rest = self._rest(rest, values[0], weights)
         return self._found(values, merge(update, rest), new, gram, weights)
 
     def _from_halves(self, state: TrainState, batch: Any, key: chex.PRNGKey) -> Found:
@@ -218,15 +230,16 @@ class PerTaskGradients:
         task with rows in one half only has no product of two, so zeros stand in.
         """
         parts = self.accumulate * (1 + self.accumulate % 2)
-        self._check_parts("the aggregator needs cross_gram", batch, parts)
-        run = self._rows(state, batch, key, parts)
+        self.losses.check_parts("the aggregator needs cross_gram", batch, parts)
+        apart = self.heads is not None
+        run = self.losses.rows(state, batch, key, parts, apart=apart)
         each = (jnp.arange(parts), split_batch(batch, self.mesh, parts))
         half = parts // 2
         first, second = (
             mean_over_parts(run, batch, key, jax.tree.map(lambda x, at=at: x[at], each))
             for at in (slice(half), slice(half, None))
         )
-        ((values, _), (rows, rest)) = _mean_of_two(first, second)
+        ((values, _), (rows, rest)) = mean_of_two(first, second)
         with jax.named_scope("aggregate"):
             # A half holds its share of each task's rows, not one half of them.
             cross = aggregation.cross_gram(first[1][0], second[1][0])
@@ -237,21 +250,12 @@ class PerTaskGradients:
             extra = self.losses.known(values[0], batch) | {"cross_gram": cross}
             weights, new = self._weigh(gram, state.opt_state.aggregator, extra)
             update = mtl_tree.combine(rows, weights)
+            rest = self._rest(rest, values[0], weights)
         found = self._found(values, merge(update, rest), new, gram, weights)
         if self.trainable.task_counts is None:
             return found
         alone = jnp.sum((held[0] == 0) | (held[1] == 0)).astype(jnp.float32)
         return found._replace(metrics=found.metrics | {"tasks_in_one_half": alone})
-
-    def _check_parts(self, why: str, batch: Any, parts: int) -> None:
-        """Refuses a batch that does not fall into so many parts."""
-        size = max((x.shape[0] for x in jax.tree.leaves(batch) if x.ndim), default=0)
-        devices = self.mesh.shape[sharding.DATA]
-        if size % (parts * devices):
-            raise ValueError(
-                f"train step: {why}; found {size} rows, wanted a multiple of "
-                f"{parts * devices} ({parts} parts of {devices} devices)"
-            )
 
     def _from_gramian(
         self, state: TrainState, batch: Any, key: chex.PRNGKey
@@ -272,7 +276,7 @@ class PerTaskGradients:
             gram = aggregation.task_gramian(pull_shared, values[0])
         extra = self.losses.known(values[0], batch)
         weights, new = self._weigh(gram, state.opt_state.aggregator, extra)
-        rest = pull_rest(jnp.ones_like(values[0]))
+        rest = pull_rest(self._counts(values[0], weights))
         return self._found(
             values, merge(pull_shared(weights), rest), new, gram, weights
         )
@@ -298,7 +302,8 @@ class PerTaskGradients:
             None,
             self.losses.known(values[0], batch),
         )
-        return self._found(values, pullback(direction), new, gram, weights)
+        counts = None if self.heads is None else self._counts(values[0], weights)
+        return self._found(values, pullback(direction, counts), new, gram, weights)
 
     def _from_flat(self, state: TrainState, batch: Any, key: chex.PRNGKey) -> Found:
         """Acts on pairs of task gradients; heads get those at the perturbed place."""
@@ -330,6 +335,8 @@ class PerTaskGradients:
         assert self.rule is not None
         count = extra["losses"].shape[0]
         given = jnp.zeros((count, count), jnp.float32) if gram is None else gram
+        if "cross_gram" in self.reads:
+            extra = {"cross_gram": given} | extra
         with lenient_promotion():
             weights, method = self.rule.weigh(given, state.method, **extra)
         finite = jnp.all(jnp.isfinite(given)) & jnp.all(jnp.isfinite(weights))
@@ -387,13 +394,3 @@ class PerTaskGradients:
             )
         self.num_tasks = count
         return names or tuple(str(t) for t in range(count))
-
-
-def _mean_of_two(first: Any, second: Any) -> Any:
-    """Leaf by leaf, formed in float32 and cast once."""
-
-    def leaf(x, y):
-        wide = mtl_tree.wide_dtype(x.dtype)
-        return ((x.astype(wide) + y.astype(wide)) / 2).astype(x.dtype)
-
-    return jax.tree.map(leaf, first, second)

@@ -12,9 +12,9 @@ from mtl_jax import tree as mtl_tree
 from mtl_jax.train import sharding
 from mtl_jax.train.accumulate import join_batch, split_batch, split_blocks
 from mtl_jax.train.objective import Metrics, task_objective
-from mtl_jax.train.state import merge, split_shared
+from mtl_jax.train.state import TrainState, merge, split_shared
 from mtl_jax.train.trainable import Trainable
-from mtl_jax.transforms import loops
+from mtl_jax.transforms import aggregation, loops
 
 Values = tuple[chex.Array, Metrics]
 
@@ -122,6 +122,64 @@ class TaskLosses:
 
         return (losses, metrics), pull_shared, pull_rest
 
+    def rows(
+        self,
+        state: TrainState,
+        batch: Any,
+        key: chex.PRNGKey,
+        parts: int,
+        *,
+        apart: bool = False,
+    ) -> Any:
+        """`run(microbatch, key) -> ((values, shares), (task gradients, rest))`.
+
+        What is not shared is the sum over tasks, or task gradients too, where they are
+        wanted `apart`.
+        """
+        engine = "vmap" if self.trainable.grads == "vmap" else "map"
+        shares = self.shares(batch, parts)
+        blocks = self.trainable.task_blocks and engine == "map"
+        if blocks:
+            count = self.count(state.params, state.frozen, batch, key)
+            why = f"task_blocks wants equal blocks of {count} tasks"
+            self.check_parts(why, batch, parts * count)
+
+        def run(micro, key):
+            own = shares(micro)
+            if blocks:
+                values, rows, rest = self.rows_of_blocks(
+                    state.params,
+                    state.frozen,
+                    micro,
+                    key,
+                    own,
+                    apart=apart,
+                )
+                return (values, own), (rows, rest)
+            values, pull_shared, pull_rest = self.vjp(
+                state.params,
+                lambda p: self.at(p, state.frozen, micro, key, own),
+            )
+            if not apart:
+                rows = aggregation.task_rows(pull_shared, values[0], engine=engine)
+                return (values, own), (rows, pull_rest(jnp.ones_like(values[0])))
+            both = aggregation.task_rows(
+                lambda e: (pull_shared(e), pull_rest(e)), values[0], engine=engine
+            )
+            return (values, own), both
+
+        return run
+
+    def check_parts(self, why: str, batch: Any, parts: int) -> None:
+        """Refuses a batch that does not fall into so many parts."""
+        size = max((x.shape[0] for x in jax.tree.leaves(batch) if x.ndim), default=0)
+        devices = self.mesh.shape[sharding.DATA]
+        if size % (parts * devices):
+            raise ValueError(
+                f"train step: {why}; found {size} rows, wanted a multiple of "
+                f"{parts * devices} ({parts} parts of {devices} devices)"
+            )
+
     def rows_of_blocks(
         self,
         params: Any,
@@ -129,6 +187,8 @@ class TaskLosses:
         batch: Any,
         key: chex.PRNGKey,
         shares: chex.Array,
+        *,
+        apart: bool = False,
     ) -> tuple[Values, Any, Any]:
         """Task gradients where block t of a batch has the rows of task t.
 
@@ -136,7 +196,8 @@ class TaskLosses:
         `task_counts` finds rows of other tasks in makes its loss NaN.
 
         Returns:
-          (values, task gradients of the shared leaves [T, ...], sum for the others).
+          (values, task gradients of the shared leaves [T, ...], sum for the others, or
+          their task gradients where they are wanted `apart`).
         """
         count = self.count(params, frozen, batch, key)
         blocks = split_blocks(batch, self.mesh, count)
@@ -153,21 +214,26 @@ class TaskLosses:
                 lambda p: self.at(p, frozen, join_batch(batch, rows), own, shares),
             )
             alone = jax.nn.one_hot(index, count, dtype=values[0].dtype)
-            total = jax.tree.map(
-                lambda t, g: t + g.astype(t.dtype), total, pull_rest(alone)
-            )
+            own_rest = pull_rest(alone)
+            if not apart:
+                total = jax.tree.map(
+                    lambda t, g: t + g.astype(t.dtype), total, own_rest
+                )
             loss = values[0][index]
             if self.trainable.task_counts is not None:
                 counts = self._counts(join_batch(batch, rows))
                 size = max(x.shape[0] for x in jax.tree.leaves(rows))
                 loss = jnp.where(counts[index] == size, loss, jnp.nan)
-            return total, ((loss, values[1]), pull_shared(alone))
+            kept = own_rest if apart else ()
+            return total, ((loss, values[1]), pull_shared(alone), kept)
 
-        total, ((losses, metrics), rows) = loops.scan(
-            one, zeros, (jnp.arange(count), blocks)
+        total, ((losses, metrics), rows, kept) = loops.scan(
+            one, () if apart else zeros, (jnp.arange(count), blocks)
         )
-        total = jax.tree.map(lambda t, p: t.astype(p.dtype), total, rest)
-        return (losses, jax.tree.map(lambda m: jnp.mean(m, 0), metrics)), rows, total
+        values = (losses, jax.tree.map(lambda m: jnp.mean(m, 0), metrics))
+        if apart:
+            return values, rows, kept
+        return values, rows, jax.tree.map(lambda t, p: t.astype(p.dtype), total, rest)
 
     def _counts(self, batch: Any) -> chex.Array:
         assert self.trainable.task_counts is not None

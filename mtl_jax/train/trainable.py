@@ -8,7 +8,7 @@ import chex
 import optax
 from jax.sharding import PartitionSpec
 
-from mtl_jax.transforms.aggregation import SplitLoss
+from mtl_jax.transforms.aggregation import Aggregator, SplitLoss
 
 LossFn = Callable[
     [chex.ArrayTree, Any, chex.PRNGKey], tuple[chex.Array, dict[str, chex.Array]]
@@ -41,7 +41,8 @@ class Trainable:
       aggregator: transformation of task gradients, see `mtl_jax.aggregation`; None
         for a scalar loss.
       shared: regexes on leaf paths: what the aggregator acts on. Other leaves, such
-        as those of heads, get the plain sum of the task gradients.
+        as those of heads, get the sum of the task gradients; weighed, where the method
+        has a say in it (`aggregation.Aggregator.heads`), as weightings do.
       grads: how task gradients are had. "map": one after another. "vmap": all at once.
         "gramian": never formed, for methods that need inner products only; saves the
         memory of T gradients, and costs about twice the products of "map". "auto": not
@@ -158,6 +159,8 @@ class Trainable:
                 f"Trainable: grads='flat' goes with radii, found {self.grads!r} with "
                 f"{self.radii}"
             )
+        if isinstance(self.aggregator, Aggregator):
+            self._check_engine(self.aggregator)
         if self.grads == "features":
             if not isinstance(self.loss_fn, SplitLoss):
                 raise ValueError(
@@ -169,6 +172,24 @@ class Trainable:
                     "Trainable: grads='features' takes no shared: what the encoder "
                     "uses is shared"
                 )
+        self._check_names()
+
+    def _check_engine(self, aggregator: Aggregator):
+        """Refuses engines that do not make what the aggregator takes."""
+        flat = "sam_grads" in aggregator.wants
+        if (self.grads == "flat") != flat:
+            raise ValueError(
+                "Trainable: grads='flat' goes with an aggregation.flat_mtl, found "
+                f"{self.grads!r} with one that takes {'' if flat else 'no '}sam_grads"
+            )
+        if self.grads == "features" and aggregator.per_parameter:
+            raise ValueError(
+                "Trainable: grads='features' has gradients of features, and the "
+                "aggregator keeps something for every parameter, or groups them; use "
+                "'map' or 'vmap'"
+            )
+
+    def _check_names(self):
         names = self.task_names
         if names is not None and (not names or len(set(names)) < len(names)):
             raise ValueError(

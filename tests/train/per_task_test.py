@@ -388,6 +388,23 @@ def test_a_number_of_tasks_that_changes_is_refused(fit):
             {"grads": "gramian", "aggregator": without_rule()},
             "wants an aggregator with a rule",
         ),
+        ({"grads": "flat", "radii": (1, 1)}, "flat_mtl, found 'flat' with one .* no"),
+        (
+            {"aggregator": aggregation.flat_mtl(aggregation.mgda())},
+            "flat_mtl, found 'auto' with one that takes sam_grads",
+        ),
+        *(
+            (
+                {"grads": "features", "shared": (".*",), "aggregator": keeper},
+                "keeps something for every parameter",
+            )
+            for keeper in (
+                aggregation.moco(T),
+                aggregation.db_mtl(T),
+                aggregation.normalize(aggregation.excess_mtl(T)),
+                aggregation.per_leaf(aggregation.pcgrad()),
+            )
+        ),
     ],
 )
 def test_trainables_that_cannot_be(changes, message):

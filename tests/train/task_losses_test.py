@@ -1,5 +1,7 @@
 """Weights from losses, losses after a step, two halves, tasks with uneven rows."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -302,7 +304,10 @@ def test_two_halves_of_a_batch_give_an_unbiased_gramian(fit, make, accumulate):
         batch = own_data(step)
         first, second, whole = halves(params, batch)
         weights, state = aggregator.rule.weigh(
-            jnp.zeros((FEW, FEW)), state, cross_gram=first @ second.T
+            jnp.zeros((FEW, FEW)),
+            state,
+            cross_gram=first @ second.T,
+            present=task_counts(batch) > 0,
         )
         record = found.history[step]
         for t in range(FEW):
@@ -431,3 +436,155 @@ def test_blocks_want_as_many_rows_of_each_task(fit):
         fit(what, data=own_data)
     with pytest.raises(ValueError, match="task_blocks=True wants an aggregator"):
         train.Trainable(init=init, loss_fn=loss_fn, tx=optax.sgd(1.0), task_blocks=True)
+
+
+def quiet(params, batch, key):
+    del key
+    return jnp.mean(errors(params, batch), 0), {}
+
+
+def start():
+    return init(jax.random.split(jax.random.key(0))[0])
+
+
+def test_heads_of_log_losses_follow_their_logarithms(fit):
+    def want(loss_fn, rows):
+        def logs(head):
+            losses = loss_fn(start() | {"heads": head}, rows, None)[0]
+            return jnp.sum(jnp.log(losses + 1e-8))
+
+        head = start()["heads"]
+        return head - 0.1 * jax.grad(logs)(head)
+
+    options = {"tx": optax.sgd(0.1), "shared": ("trunk",)}
+    what = trainable(aggregation.db_mtl(T), loss_fn=quiet, **options)
+    for changes in ({}, {"grads": "vmap"}, {"accumulate": 2}):
+        accumulate = changes.pop("accumulate", 1)
+        found = fit(dataclasses.replace(what, **changes), 1, accumulate=accumulate)
+        close(found.params["heads"], want(quiet, data(0)))
+
+    def blocks(step):
+        return data(step, 12) | {"task": np.repeat(np.arange(FEW, dtype=np.int32), 4)}
+
+    what = owned(aggregation.db_mtl(FEW), task_blocks=True, **options)
+    for accumulate in (1, 2):
+        found = fit(what, 1, blocks, accumulate=accumulate)
+        close(found.params["heads"], want(own_loss_fn, blocks(0)))
+
+
+SPLIT = aggregation.SplitLoss(
+    encode=lambda params, batch, key: jnp.tanh(batch["x"] @ params["trunk"]),
+    heads=lambda params, copies, batch, key: (
+        jnp.mean(
+            (jnp.einsum("tbw,wt->bt", copies, params["heads"]) - batch["y"]) ** 2, 0
+        ),
+        {},
+    ),
+    num_tasks=T,
+)
+
+
+@pytest.mark.parametrize("engine", ["map", "vmap", "gramian", "features"])
+def test_a_weighting_weighs_heads_and_measures_what_is_shared(fit, engine):
+    aggregator = weighting.as_aggregator(weighting.grad_norm(), T, tx=optax.sgd(0.5))
+    features = engine == "features"
+    shared = {} if features else {"shared": ("trunk",)}
+    loss = SPLIT if features else quiet
+    what = trainable(
+        aggregator, loss_fn=loss, tx=optax.sgd(0.1), grads=engine, **shared
+    )
+    found = fit(what, 3)
+    params, state = start(), aggregator.rule.init()
+    for step in range(3):
+        rows = data(step)
+        losses = quiet(params, rows, None)[0]
+        if features:
+            z = jnp.tanh(rows["x"] @ params["trunk"])
+            copies = jnp.broadcast_to(z[None], (T, *z.shape))
+
+            def from_copies(c, p=params, r=rows):
+                return SPLIT.heads(p, c, r, None)[0]
+
+            slopes = jax.jacrev(from_copies)(copies)
+            jacobian = jnp.einsum("ttbw->tbw", slopes).reshape(T, -1)
+        else:
+            slopes = jax.jacrev(lambda p, r=rows: quiet(p, r, None)[0])(params)
+            jacobian = slopes["trunk"].reshape(T, -1)
+        gram = jacobian @ jacobian.T
+        weights, state = aggregator.rule.weigh(gram, state, losses=losses)
+
+        def total(p, w=weights, r=rows):
+            return jnp.sum(w * quiet(p, r, None)[0])
+
+        grads = jax.grad(total)(params)
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+    assert np.ptp(weights) > 1e-3
+    close(found.params, params, rtol=1e-3)
+
+
+def counted(loss_fn, count):
+    """The same losses; every backward pass through x is counted."""
+
+    @jax.custom_vjp
+    def watch(x):
+        return x
+
+    def backward(_, g):
+        jax.debug.callback(lambda: count.append(1))
+        return (g,)
+
+    watch.defvjp(lambda x: (x, ()), backward)
+
+    def found(params, batch, key):
+        trunk = watch(params["trunk"])
+        return loss_fn(params | {"trunk": trunk}, batch, key)
+
+    return found
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("make", [aggregation.mgda, lambda: aggregation.modo(T)])
+def test_weights_that_are_reused_cost_one_pass(fit, make, accumulate):
+    passes = {}
+
+    def run(k, grads="map"):
+        count = []
+        what = trainable(
+            aggregation.every_k(make(), T, k),
+            loss_fn=counted(quiet, count),
+            tx=optax.sgd(0.1),
+            shared=("trunk",),
+            grads=grads,
+        )
+        found = fit(what, 4, accumulate=accumulate)
+        jax.effects_barrier()
+        passes[k] = len(count)
+        return found
+
+    found = run(3)
+    run(1)
+    # Steps 0 and 3 as ever; in between one pass each for the shared and for the rest.
+    assert passes[3] <= passes[1] / 2 + 2 * 2 * accumulate
+    assert "conflict_rate" not in found.history[0]
+    params, tx = start(), aggregation.every_k(make(), T, 3)
+    state = tx.init(params["trunk"])
+    for step in range(4):
+        rows = data(step)
+        part = {i: jax.tree.map(lambda x, i=i: x[i::2], rows) for i in (0, 1)}
+
+        def jacobian(r, p=params):
+            return jax.jacrev(lambda q: quiet(q, r, None)[0])(p)
+
+        first, second = (jacobian(r)["trunk"].reshape(T, -1) for r in part.values())
+        slopes = jacobian(rows)
+        cross = {"cross_gram": first @ second.T}
+        update, state = tx.update(slopes["trunk"], state, **cross)
+        head = jnp.sum(slopes["heads"], 0)
+        params = {
+            "trunk": params["trunk"] - 0.1 * update,
+            "heads": params["heads"] - 0.1 * head,
+        }
+        for t, record in enumerate(np.asarray(state.method.weights)):
+            name = f"weight_{t}"
+            assert found.history[step][name] == pytest.approx(record, 1e-3, 1e-5)
+    close(found.params, params, rtol=1e-3)

@@ -149,7 +149,8 @@ class SparseGate(nn.Module):
     "losses" receives two penalties, weighted means over the batch, for the caller to
     add to the loss: `selector_entropy`, sum_i H(r^i), which drives the codes to 0 and
     1, and, if N is no power of two, `selector_outside`, sum_i 1 / sum_n r^i_n, which
-    keeps weight away from codes that stand for nothing.
+    keeps weight away from codes that stand for nothing. A single choice is always made,
+    without parameters or penalties.
 
     Attributes:
       choices: N.
@@ -171,7 +172,9 @@ class SparseGate(nn.Module):
     @nn.compact
     def __call__(self, x: chex.Array) -> chex.Array:
         """Args: x: [B, ...]. Returns: [B, N] float32."""
-        bits = max(math.ceil(math.log2(self.choices)), 1)
+        if self.choices == 1:
+            return jnp.ones((x.shape[0], 1), jnp.float32)
+        bits = math.ceil(math.log2(self.choices))
         near_zero = _symmetric_uniform(self.gamma / 100)
         if self.per_example:
             h = flat(x)

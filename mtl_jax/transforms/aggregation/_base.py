@@ -27,6 +27,7 @@ class Weigh(Protocol):
 
 
 READS = ("gram", "cross_gram", "losses")
+Heads = Callable[[chex.Array, chex.Array | None], chex.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,9 @@ class Rule:
       reads: what the weights depend on besides the state, some of "gram",
         "cross_gram" and "losses". Without "gram", `gram` may be zeros [T, T]; without
         both Gramians, one backward pass of the weighed losses is the whole update.
+      due: `due(state) -> bool []`, whether the next weights depend on anything but the
+        state; where they do not, one backward pass is the whole update too. None for
+        always.
       after: `after(state, losses) -> state`, for a method that looks at what a step has
         brought: runs once the parameters have moved, on the losses [T] of the same
         batch and the same random draws; None where the method has no use for them.
@@ -54,6 +58,7 @@ class Rule:
     weigh: Weigh
     reads: tuple[str, ...] = ("gram", "losses")
     after: Callable[[Any, chex.Array], Any] | None = None
+    due: Callable[[Any], chex.Array] | None = None
 
     def __post_init__(self):
         if isinstance(self.reads, str) or not set(self.reads) <= set(READS):
@@ -82,14 +87,35 @@ class Aggregator(optax.GradientTransformationExtraArgs):
     Attributes:
       rule: the `Rule`, by which engines that never form the [T, P] Jacobian weigh the
         tasks; None for methods that need the gradients themselves.
+      heads: `heads(losses [T], weights [T] or None) -> [T]`, what the losses count for
+        in parameters that tasks do not share, for methods that say so: weightings of
+        losses, and those that replace the losses; weights are those of the shared
+        gradients where the method has them. None for one each.
+      per_parameter: whether its state or its groups are those of parameters, so that
+        gradients of anything else, such as features, do not fit.
+      wants: names of arguments without which `update` fails, besides those that every
+        engine of the trainer gives.
     """
 
     rule: Rule | None
+    heads: Heads | None
+    per_parameter: bool
+    wants: tuple[str, ...]
 
-    def __new__(cls, init: Any, update: Any, rule: Rule | None = None):
-        """As an optax transformation, with the rule beside it."""
+    def __new__(
+        cls,
+        init: Any,
+        update: Any,
+        rule: Rule | None = None,
+        *,
+        heads: Heads | None = None,
+        per_parameter: bool = False,
+        wants: tuple[str, ...] = (),
+    ):
+        """As an optax transformation, with what an engine has to know beside it."""
         self = super().__new__(cls, init, update)
-        self.rule = rule
+        self.rule, self.heads = rule, heads
+        self.per_parameter, self.wants = per_parameter, wants
         return self
 
 
@@ -100,6 +126,8 @@ def from_gradients(
     *,
     rule: Rule | None = None,
     robust: bool = False,
+    heads: Heads | None = None,
+    per_parameter: bool = False,
 ) -> Aggregator:
     """Lifts a function of task gradients to a transformation that heads a chain.
 
@@ -111,6 +139,8 @@ def from_gradients(
       rule: see `Aggregator`.
       robust: the method withstands infinite entries, so only its own updates are
         looked at. Others become NaN where a task is NaN or infinite.
+      heads: see `Aggregator`.
+      per_parameter: see `Aggregator`.
 
     Returns:
       An `Aggregator`; its update raises ValueError on leaves that do not lead with one
@@ -136,7 +166,9 @@ def from_gradients(
             out = jax.tree.map(_nan_unless_finite, out, zero)
         return out, AggregationState(method=method, finite=all_finite(out))
 
-    return Aggregator(init_fn, update_fn, rule)
+    return Aggregator(
+        init_fn, update_fn, rule, heads=heads, per_parameter=per_parameter
+    )
 
 
 def _nan_unless_finite(out: chex.Array, zero: chex.Array) -> chex.Array:
@@ -144,13 +176,14 @@ def _nan_unless_finite(out: chex.Array, zero: chex.Array) -> chex.Array:
     return jnp.where(zero == 0, out, jnp.nan) if tree.is_inexact(out) else out
 
 
-def from_gramian(name: str, rule: Rule) -> Aggregator:
+def from_gramian(name: str, rule: Rule, *, heads: Heads | None = None) -> Aggregator:
     """Lifts a weight rule to a transformation that can head an `optax.chain`.
 
     Args:
       name: of the public function, for error messages.
       rule: weights from the Gramian of the task gradients; one that does not read it
         gets zeros, so that the gradients are read once.
+      heads: see `Aggregator`.
 
     Returns:
       An `Aggregator` whose updates are `sum_t weights[t] * task_grads[t]`, computed in
@@ -178,7 +211,7 @@ def from_gramian(name: str, rule: Rule) -> Aggregator:
         finite = jnp.all(jnp.isfinite(gram)) if formed else all_finite(out)
         return out, AggregationState(method=method, finite=finite)
 
-    return Aggregator(init_fn, update_fn, rule)
+    return Aggregator(init_fn, update_fn, rule, heads=heads)
 
 
 def check_task_grads(name: str, task_grads: Any, params: Any = None) -> int:

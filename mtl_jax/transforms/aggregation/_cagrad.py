@@ -6,11 +6,12 @@ import jax.numpy as jnp
 from mtl_jax.transforms.aggregation import _solvers
 from mtl_jax.transforms.aggregation._base import (
     Aggregator,
+    Rule,
     from_gramian,
     gram_of,
-    stateless,
 )
-from mtl_jax.transforms.aggregation._cosine import cosine_gram
+from mtl_jax.transforms.aggregation._cosine import cosine_gram, dot
+from mtl_jax.transforms.aggregation._present import present_of, stand_ins
 
 _RESCALE = (0, 1, 2)
 
@@ -27,7 +28,13 @@ def check(c: float, rescale: int) -> None:
         raise ValueError(f"cagrad: rescale is {rescale!r}, wanted one of {_RESCALE}")
 
 
-def weights(gram: chex.Array, c: float = 0.5, *, rescale: int = 0) -> chex.Array:
+def weights(
+    gram: chex.Array,
+    c: float = 0.5,
+    *,
+    rescale: int = 0,
+    present: chex.Array | None = None,
+) -> chex.Array:
     r"""Weights of the direction whose worst inner product with a gradient is largest.
 
       max_d min_t <g_t, d>   such that   |d - g_0| <= c |g_0|,   g_0 = mean_t g_t
@@ -42,9 +49,11 @@ def weights(gram: chex.Array, c: float = 0.5, *, rescale: int = 0) -> chex.Array
       gram: [T, T], inner products of task gradients.
       c: radius of the search, in lengths of the average gradient.
       rescale: divides d by 1 (0), `1 + c^2` (1) or `1 + c` (2).
+      present: bool [T], the tasks that there are; others get no weight, and none in the
+        average. All by default.
 
     Returns:
-      [T] float32, at least `1 / T` before rescaling.
+      [T] float32, at least `1 / T` before rescaling, T the number of present tasks.
 
     Raises:
       ValueError: `gram` is not square, `c` is negative, or `rescale` is unknown.
@@ -62,21 +71,34 @@ def weights(gram: chex.Array, c: float = 0.5, *, rescale: int = 0) -> chex.Array
     gram = gram_of("cagrad", gram)
     largest = jnp.max(jnp.diag(gram))
     gram = gram / jnp.where(largest == 0, 1, largest)
-    mean = jnp.mean(gram, 1)
-    radius = c * jnp.sqrt(jnp.maximum(jnp.mean(mean), 0))
+    if present is None:
+        shares, mean, place = 1 / len(gram), jnp.mean(gram, 1), None
+        square = jnp.mean(mean)
+    else:
+        there = present_of("cagrad", present, len(gram))
+        shares = there / jnp.maximum(jnp.sum(there), 1).astype(gram.dtype)
+        place = stand_ins(there)
+        square = dot(shares, dot(gram, shares))
+        mean = jnp.take(dot(gram, shares), place)
+        gram = gram[place[:, None], place[None, :]]
+    radius = c * jnp.sqrt(jnp.maximum(square, 0))
     cosines, _, inverse = cosine_gram("cagrad", gram)
     slope = jnp.where(inverse == 0, 1, inverse)
     x = _solvers.nonnegative_path(
         cosines, mean * inverse, slope, end=-jnp.inf, radius=radius
     )
     scale = (1, 1 / (1 + c**2), 1 / (1 + c))[rescale]
-    return (1 / gram.shape[0] + x * inverse) * scale
+    more = x * inverse
+    if place is not None:
+        more = jnp.zeros_like(more).at[place].add(more)
+    return (shares + more) * scale
 
 
 def cagrad(c: float = 0.5, *, rescale: int = 0) -> Aggregator:
     """Aggregates by CAGrad; see `weights.cagrad`.
 
-    Updates: leaves [T, ...] -> [...].
+    Updates: leaves [T, ...] -> [...]. Takes `present` bool [T] where a batch may lack
+    tasks.
 
     Args:
       c: radius of the search, in lengths of the average gradient.
@@ -92,6 +114,9 @@ def cagrad(c: float = 0.5, *, rescale: int = 0) -> Aggregator:
     [0.426, 0.638]
     """
     check(c, rescale)
-    return from_gramian(
-        "cagrad", stateless(lambda gram: weights(gram, c, rescale=rescale))
-    )
+
+    def weigh(gram, state, *, present=None, **extra):
+        del extra
+        return weights(gram, c, rescale=rescale, present=present), state
+
+    return from_gramian("cagrad", Rule(lambda: (), weigh, ("gram",)))

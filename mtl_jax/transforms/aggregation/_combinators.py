@@ -54,7 +54,7 @@ def _grouped(name: str, aggregator: Any, group_leaves: Any) -> Aggregator:
         rows = [row.get(i, weights[0]) for i in range(len(leaves))]
         return tree.combine(task_grads, jax.tree.unflatten(treedef, rows)), state
 
-    return from_gradients(name, init, update)
+    return from_gradients(name, init, update, per_parameter=True)
 
 
 def _inexact_names(params: Any) -> dict[int, str]:
@@ -136,6 +136,7 @@ def _scaled(
     to the gradients.
     """
     rule = getattr(aggregator, "rule", None)
+    heads = getattr(aggregator, "heads", None)
     if rule is not None:
 
         def weigh(gram, state, **extra):
@@ -150,7 +151,9 @@ def _scaled(
             return weights * scale, state
 
         found = tuple(dict.fromkeys((*rule.reads, *reads)))
-        return from_gramian(name, Rule(rule.init, weigh, found, rule.after))
+        due = None if reads else rule.due
+        scaled = Rule(rule.init, weigh, found, rule.after, due)
+        return from_gramian(name, scaled, heads=heads)
 
     def update(task_grads, state, **extra):
         scale = scale_of(squares(task_grads), extra)
@@ -165,7 +168,13 @@ def _scaled(
         out, state = aggregator.update(scaled, state, None, **extra)
         return jax.tree.map(lambda o, x: o.astype(x.dtype), out, task_grads), state
 
-    return from_gradients(name, aggregator.init, update)
+    return from_gradients(
+        name,
+        aggregator.init,
+        update,
+        heads=heads,
+        per_parameter=getattr(aggregator, "per_parameter", False),
+    )
 
 
 def with_preference(aggregator: Aggregator, preference: Any) -> Aggregator:
@@ -271,7 +280,8 @@ def every_k(aggregator: Aggregator, num_tasks: int, k: int) -> Aggregator:
     """Weighs at every k-th update, and uses the weights k - 1 times more.
 
     In between neither the Gramian nor the weights are computed, and the gradients are
-    read once.
+    read once; the trainer then takes one backward pass of the weighed losses, whatever
+    the number of tasks, and gives no metrics of conflicts in any step.
 
     Args:
       aggregator: any method with a `rule`.
@@ -302,6 +312,9 @@ def every_k(aggregator: Aggregator, num_tasks: int, k: int) -> Aggregator:
         step, start = jnp.zeros((), jnp.int32), jnp.zeros(num_tasks, jnp.float32)
         return ReuseState(step, start, rule.init())
 
+    def due(state):
+        return state.step % k == 0
+
     def weights_from(gram_of, state, extra):
         def weigh():
             found, method = rule.weigh(gram_of(), state.method, **extra)
@@ -310,7 +323,7 @@ def every_k(aggregator: Aggregator, num_tasks: int, k: int) -> Aggregator:
         def keep():
             return state.weights, state.method
 
-        weights, method = jax.lax.cond(state.step % k == 0, weigh, keep)
+        weights, method = jax.lax.cond(due(state), weigh, keep)
         return weights, ReuseState(state.step + 1, weights, method)
 
     def update(task_grads, state, **extra):
@@ -321,5 +334,9 @@ def every_k(aggregator: Aggregator, num_tasks: int, k: int) -> Aggregator:
         return weights_from(lambda: gram, state, extra)
 
     return from_gradients(
-        "every_k", lambda params: init(), update, rule=Rule(init, weigh, rule.reads)
+        "every_k",
+        lambda params: init(),
+        update,
+        rule=Rule(init, weigh, rule.reads, due=due if k > 1 else None),
+        heads=getattr(aggregator, "heads", None),
     )

@@ -34,7 +34,8 @@ def db_mtl(num_tasks: int, *, beta: float = 0.9, beta_power: float = 0.0) -> Agg
       d = max_s |y_s| * sum_t y_t / |y_t|.
 
     Updates: leaves [T, ...] -> [...], gradients of the losses as they are. State: a
-    `DbMtlState`, T times the parameters in float32. Needs the extra argument `losses`
+    `DbMtlState`, T times the parameters in float32. Parameters that tasks do not share
+    follow the gradients of the logarithms. Needs the extra argument `losses`
     [T], none of them negative: refused by name where values are known, NaN under a
     trace.
 
@@ -77,4 +78,8 @@ def db_mtl(num_tasks: int, *, beta: float = 0.9, beta_power: float = 0.0) -> Agg
         out = _tracked.cast_like(tree.combine(tracked, weights), task_grads)
         return out, DbMtlState(state.step + 1, tracked)
 
-    return from_gradients("db_mtl", init, update)
+    def heads(losses, weights):
+        del weights
+        return 1 / (losses_of("db_mtl", {"losses": losses}, num_tasks) + _TINY)
+
+    return from_gradients("db_mtl", init, update, heads=heads, per_parameter=True)

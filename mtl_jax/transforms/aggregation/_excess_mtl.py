@@ -18,13 +18,13 @@ class ExcessMtlState(NamedTuple):
     """State of ExcessMTL.
 
     Attributes:
-      step: int32, number of updates.
+      steps: int32 [T], numbers of updates with a gradient of the task.
       squares: leaves [T, ...], sums of squared gradients.
       baseline: [T], mean excess risk of the warm-up.
       logits: [T], logarithms of the weights.
     """
 
-    step: chex.Array
+    steps: chex.Array
     squares: Any
     baseline: chex.Array
     logits: chex.Array
@@ -96,7 +96,8 @@ def excess_mtl(
       e[t] = sum g_t^2 / sqrt(s_t + 1e-7)
       w[t] <- w[t] exp(step_size e[t] / e_0[t]), then divided by the sum,
 
-    e_0 being the mean of e over the warm-up, during which w stays at 1 / T.
+    e_0 being the mean of e over the warm-up of the task, its first updates with a
+    gradient, during which its e / e_0 counts as zero.
 
     Updates: leaves [T, ...] -> [...]. State: an `ExcessMtlState`, T times the
     parameters in float32.
@@ -104,14 +105,16 @@ def excess_mtl(
     Args:
       num_tasks: T.
       step_size: of the exponentiated gradient step.
-      warmup: number of updates, 1 or more; the paper takes three epochs.
+      warmup: number of updates of each task, 1 or more; the paper takes three epochs.
 
     Raises:
       ValueError: `warmup` below 1; at update, another number of tasks.
 
     **Follows**: He et al. 2024, "Robust Multi-Task Learning with Excess Risks", eq. 6,
       7 and 9.
-    **Differs**: weights have the sum 1 as in the paper; T in the authors' code.
+    **Differs**: weights have the sum 1 as in the paper; T in the authors' code. The
+      paper's warm-up is the same for all tasks; one that is absent from it would be
+      divided by zero.
 
     >>> tx = excess_mtl(2)
     >>> grads = {"w": jnp.array([[2.0, 0.0], [0.0, 1.0]])}
@@ -125,18 +128,19 @@ def excess_mtl(
         # Arrays of their own each: one buffer cannot be donated twice.
         baseline, logits = jnp.zeros((2, num_tasks), jnp.float32)
         squares = _tracked.zeros(params, num_tasks)
-        return ExcessMtlState(jnp.zeros((), jnp.int32), squares, baseline, logits)
+        steps = jnp.zeros(num_tasks, jnp.int32)
+        return ExcessMtlState(steps, squares, baseline, logits)
 
     def update(task_grads, state, **extra):
         del extra
         _tracked.check_count("excess_mtl", task_grads, num_tasks)
         squares, excess = _advance_all(state.squares, task_grads)
-        warm = state.step < warmup
+        warm = state.steps < warmup
         baseline = state.baseline + jnp.where(warm, excess / warmup, 0)
-        relative = excess / (baseline + _TINY)
-        moved = jax.nn.log_softmax(state.logits + step_size * relative)
-        logits = jnp.where(warm, state.logits, moved)
+        relative = jnp.where(warm, 0, excess / (baseline + _TINY))
+        logits = jax.nn.log_softmax(state.logits + step_size * relative)
         out = tree.combine(task_grads, jax.nn.softmax(logits))
-        return out, ExcessMtlState(state.step + 1, squares, baseline, logits)
+        steps = state.steps + (excess > 0).astype(jnp.int32)
+        return out, ExcessMtlState(steps, squares, baseline, logits)
 
-    return from_gradients("excess_mtl", init, update)
+    return from_gradients("excess_mtl", init, update, per_parameter=True)

@@ -47,7 +47,7 @@ class SplitLoss:
 
 def value_and_feature_grads(
     loss: SplitLoss, *, has_aux: bool = False
-) -> Callable[..., tuple[Any, Any, Callable[[Any], Any]]]:
+) -> Callable[..., tuple[Any, Any, Callable[..., Any]]]:
     """Task gradients at the shared representation Z, and the way back to parameters.
 
       dZ[t] = dL_t / dZ,    grads = (dZ/dparams)^T z + sum_t dL_t / dparams at fixed Z
@@ -64,9 +64,10 @@ def value_and_feature_grads(
     Returns:
       `fn(params, *args) -> (losses, feature_grads, pullback)`, with `(losses, aux)`
       first where there is aux: losses [T] float32; leaves of feature_grads [T, *Z], a
-      task tree for any aggregator; `pullback(z)`, z like the features, gives leaves
-      like `params`: what the encoder uses gets the gradient along z, what the heads use
-      the plain sum over tasks, a leaf that both use the sum of the two.
+      task tree for any aggregator; `pullback(z, counts=None)`, z like the features,
+      gives leaves like `params`: what the encoder uses gets the gradient along z, what
+      the heads use the sum over tasks, each times its entry of `counts` [T] where
+      these are given, a leaf that both use the sum of the two.
 
     Raises:
       ValueError: the losses are not [T].
@@ -106,11 +107,14 @@ def value_and_feature_grads(
         # Each copy is read by one loss, so the gradient of the sum keeps them apart.
         direct, feature_grads = heads(jnp.ones_like(losses))
 
-        def pullback(cotangent):
+        def pullback(cotangent, counts=None):
             cotangent = jax.tree.map(
                 lambda c, z: c.astype(z.dtype), cotangent, features
             )
-            return jax.tree.map(jnp.add, encoder(cotangent)[0], direct)
+            own = direct
+            if counts is not None:
+                own = heads(counts.astype(losses.dtype))[0]
+            return jax.tree.map(jnp.add, encoder(cotangent)[0], own)
 
         return ((losses, aux) if has_aux else losses), feature_grads, pullback
 

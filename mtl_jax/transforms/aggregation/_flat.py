@@ -139,7 +139,12 @@ def flat_mtl(
         finite = all_finite(updates) & all_finite(sam_grads)
         return out, AggregationState(method, finite)
 
-    return Aggregator(init, update)
+    return Aggregator(
+        init,
+        update,
+        per_parameter=getattr(aggregator, "per_parameter", False),
+        wants=("sam_grads",),
+    )
 
 
 def _difference(s, g):

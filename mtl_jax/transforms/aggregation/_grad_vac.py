@@ -32,11 +32,12 @@ class GradVacState(NamedTuple):
 
 
 def vaccinate(
-    gram: chex.Array, key: chex.PRNGKey, targets: chex.Array
+    gram: chex.Array, key: chex.PRNGKey, targets: chex.Array, beta: float
 ) -> tuple[chex.Array, chex.Array]:
-    """Weights [T], and the cosines [T, T] that each task found before each push."""
+    """Weights [T], and the new targets [T, T], which move by the share `beta`."""
     split = cosine_gram("grad_vac", gram)
     tasks = jnp.arange(len(split.norms))
+    there = split.norms != 0
     goals = jnp.clip(targets, -_LARGEST_COSINE, _LARGEST_COSINE)
 
     def push(others, met, squares):
@@ -46,10 +47,13 @@ def vaccinate(
         goal = goals[tasks, others]
         turn = jnp.sqrt((1 - cosine * cosine) / (1 - goal * goal))
         amounts = length * (goal * turn - cosine)
-        return jnp.where(cosine < goal, amounts, 0), cosine
+        # Without a gradient there is no direction to turn to.
+        pushes = (cosine < goal) & jnp.take(there, others)
+        return jnp.where(pushes, amounts, 0), cosine
 
     found, cosines = visit_tasks(split, random_orders(key, len(tasks)), push)
-    return found, jnp.where(jnp.eye(len(tasks), dtype=bool), 0, cosines)
+    met = there[:, None] & there[None, :] & ~jnp.eye(len(tasks), dtype=bool)
+    return found, jnp.where(met, (1 - beta) * targets + beta * cosines, targets)
 
 
 def weights(
@@ -76,7 +80,7 @@ def weights(
 
     **Follows**: Wang et al. 2021, "Gradient Vaccine", alg. 1 and eq. 3.
     **Differs**: targets stay 1e-4 away from -1 and 1, where the equation divides by
-      zero; a zero gradient pushes nothing.
+      zero; a zero gradient pushes nothing, is not pushed and moves no target.
 
     >>> gram = jnp.array([[1.0, 0.0], [0.0, 1.0]])
     >>> targets = jnp.full((2, 2), 0.6)
@@ -89,14 +93,15 @@ def weights(
     targets = jnp.asarray(targets)
     if targets.shape != gram.shape:
         raise ValueError(f"grad_vac: targets are {targets.shape}, wanted {gram.shape}")
-    return vaccinate(gram, key, targets.astype(gram.dtype))[0]
+    return vaccinate(gram, key, targets.astype(gram.dtype), 0.0)[0]
 
 
 def grad_vac(num_tasks: int, *, beta: float = 0.5, seed: int = 0) -> Aggregator:
     """Aggregates by GradVac; see `weights.grad_vac`.
 
     Updates: leaves [T, ...] -> [...]. State: `GradVacState`; targets start at zero and
-    move after every visit, `t <- (1 - beta) t + beta p`.
+    move after every visit between gradients that are there, `t <- (1 - beta) t + beta
+    p`.
 
     Args:
       num_tasks: T.
@@ -131,8 +136,8 @@ def grad_vac(num_tasks: int, *, beta: float = 0.5, seed: int = 0) -> Aggregator:
             )
         key, use = jax.random.split(state.key)
         targets = state.targets.astype(gram.dtype)
-        found, cosines = vaccinate(gram, use, targets)
-        targets = ((1 - beta) * targets + beta * cosines).astype(state.targets.dtype)
+        found, targets = vaccinate(gram, use, targets, beta)
+        targets = targets.astype(state.targets.dtype)
         return found, GradVacState(key=key, targets=targets)
 
     return from_gramian("grad_vac", Rule(init, weigh))

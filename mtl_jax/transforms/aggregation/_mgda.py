@@ -13,6 +13,7 @@ from mtl_jax.transforms.aggregation._base import (
     gram_of,
 )
 from mtl_jax.transforms.aggregation._cosine import cosine_gram
+from mtl_jax.transforms.aggregation._present import present_of, stand_ins
 
 Normalize = Literal["none", "l2", "loss", "loss_l2"]
 _SMALLEST_LOSS = 1e-6  # of the largest, in size
@@ -23,6 +24,7 @@ def weights(
     losses: chex.Array | None = None,
     *,
     normalize: Normalize = "none",
+    present: chex.Array | None = None,
 ) -> chex.Array:
     r"""Weights of the shortest convex combination of the task gradients.
 
@@ -34,10 +36,11 @@ def weights(
       gram: [T, T], inner products of task gradients.
       losses: [T], positive; needed for "loss" and "loss_l2".
       normalize: by what the gradients are divided before the problem is solved.
+      present: bool [T], the tasks that there are; others get no weight. All by default.
 
     Returns:
       [T] float32, non-negative, sum 1: the weights of the gradients as they came.
-      Where a gradient is zero, all the weight is there.
+      Where the gradient of a task that is present is zero, all the weight is there.
 
     Raises:
       ValueError: `gram` is not square, `normalize` is unknown, losses are missing or do
@@ -58,6 +61,10 @@ def weights(
         raise ValueError(
             f"mgda: normalize is {normalize!r}, wanted one of {get_args(Normalize)}"
         )
+    place = None
+    if present is not None:
+        place = stand_ins(present_of("mgda", present, len(gram)))
+        gram = gram[place[:, None], place[None, :]]
     if normalize in ("l2", "loss_l2"):
         gram = cosine_gram("mgda", gram).cosines
     if normalize in ("loss", "loss_l2"):
@@ -69,17 +76,20 @@ def weights(
                 f"mgda: losses are {losses.shape}, wanted {gram.shape[:1]}"
             )
         losses = losses.astype(gram.dtype)
+        losses = losses if place is None else jnp.take(losses, place)
         largest = jnp.max(jnp.abs(losses))
         sizes = jnp.maximum(losses, _SMALLEST_LOSS * largest)
         sizes = jnp.where(largest == 0, 1, sizes / jnp.where(largest == 0, 1, largest))
         gram = gram / sizes[:, None] / sizes[None, :]
-    return _solvers.min_norm_point(gram)
+    found = _solvers.min_norm_point(gram)
+    return found if place is None else jnp.zeros_like(found).at[place].add(found)
 
 
 def mgda(*, normalize: Normalize = "none") -> Aggregator:
     """Aggregates by MGDA; see `weights.mgda`.
 
-    Updates: leaves [T, ...] -> [...]. Takes `losses` [T] with "loss" and "loss_l2".
+    Updates: leaves [T, ...] -> [...]. Takes `losses` [T] with "loss" and "loss_l2", and
+    `present` bool [T] where a batch may lack tasks.
 
     Args:
       normalize: "none", "l2", "loss" or "loss_l2".
@@ -98,8 +108,8 @@ def mgda(*, normalize: Normalize = "none") -> Aggregator:
             f"mgda: normalize is {normalize!r}, wanted one of {get_args(Normalize)}"
         )
 
-    def weigh(gram, state, *, losses=None, **extra):
+    def weigh(gram, state, *, losses=None, present=None, **extra):
         del extra
-        return weights(gram, losses, normalize=normalize), state
+        return weights(gram, losses, normalize=normalize, present=present), state
 
     return from_gramian("mgda", Rule(lambda: (), weigh))

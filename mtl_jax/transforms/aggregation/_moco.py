@@ -108,4 +108,4 @@ def moco(
         out = _tracked.cast_like(tree.combine(tracked, weights), task_grads)
         return out, MoCoState(state.step + 1, tracked, weights)
 
-    return from_gradients("moco", init, update)
+    return from_gradients("moco", init, update, per_parameter=True)

@@ -11,7 +11,7 @@ from mtl_jax.transforms.aggregation._base import (
 )
 from mtl_jax.transforms.aggregation._cosine import dot
 from mtl_jax.transforms.aggregation._extra import extra_of
-from mtl_jax.transforms.aggregation._solvers import project_simplex
+from mtl_jax.transforms.aggregation._present import present_of, project_present
 
 
 def weights(
@@ -20,6 +20,7 @@ def weights(
     *,
     gamma: float = 0.1,
     rho: float = 0.1,
+    present: chex.Array | None = None,
 ) -> chex.Array:
     r"""One projected step of the weights, `P(l - gamma (J1 J2^T l + rho l))`.
 
@@ -29,6 +30,8 @@ def weights(
       last: [T], l, the weights of the last step; 1 / T each where None.
       gamma: step size, for gradients as they are: there is no normalisation.
       rho: strength of the pull towards equal weights.
+      present: bool [T], the tasks that there are; others keep their weights. All by
+        default.
 
     Returns:
       [T] float32, non-negative, of sum one.
@@ -47,13 +50,17 @@ def weights(
     count = len(gram)
     last = jnp.full(count, 1 / count) if last is None else jnp.asarray(last)
     last = last.astype(gram.dtype)
-    return project_simplex(last - gamma * (dot(gram, last) + rho * last))
+    if present is not None:
+        present = present_of("modo", present, count)
+    moved = last - gamma * (dot(gram, last) + rho * last)
+    return project_present(moved, last, present)
 
 
 def modo(num_tasks: int, *, gamma: float = 0.1, rho: float = 0.1) -> Aggregator:
     """Aggregates by MoDo; see `weights.modo`. Needs the extra argument `cross_gram`.
 
-    Updates: leaves [T, ...] -> [...]. State: the weights [T].
+    Updates: leaves [T, ...] -> [...]. State: the weights [T]. Takes `present` bool [T]
+    where a batch may lack tasks.
 
     Args:
       num_tasks: T.
@@ -74,10 +81,10 @@ def modo(num_tasks: int, *, gamma: float = 0.1, rho: float = 0.1) -> Aggregator:
     def init():
         return jnp.full(num_tasks, 1 / num_tasks, jnp.float32)
 
-    def weigh(gram, last, **extra):
+    def weigh(gram, last, *, present=None, **extra):
         del gram
         cross = extra_of("modo", extra, "cross_gram", (num_tasks, num_tasks))
-        found = weights(cross, last, gamma=gamma, rho=rho)
+        found = weights(cross, last, gamma=gamma, rho=rho, present=present)
         return found, found
 
     return from_gramian("modo", Rule(init, weigh, reads=("cross_gram",)))

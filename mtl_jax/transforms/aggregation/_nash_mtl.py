@@ -87,7 +87,9 @@ def nash_mtl(num_tasks: int, *, max_norm: float = 1.0, every: int = 1) -> Aggreg
     Args:
       num_tasks: T.
       max_norm: longest update; 0 is no bound.
-      every: solve at every so many updates, and keep the weights in between.
+      every: solve at every so many updates, and keep the weights in between. With a
+        `max_norm` the Gramian is still looked at in every update; `every_k` keeps the
+        bounded weights and does not.
 
     >>> tx = nash_mtl(2, max_norm=0)
     >>> grads = {"w": jnp.array([[2.0, 0.0], [0.0, 1.0]])}
@@ -125,4 +127,9 @@ def nash_mtl(num_tasks: int, *, max_norm: float = 1.0, every: int = 1) -> Aggreg
         start = jnp.where(jnp.all(jnp.isfinite(shares)), shares, 1)
         return bound(gram, found, max_norm), NashState(state.step + 1, found, start)
 
-    return from_gramian("nash_mtl", Rule(init, weigh))
+    def due(state):
+        return state.step % every == 0
+
+    # A bound on the norm is one for every step.
+    known = every > 1 and max_norm == 0
+    return from_gramian("nash_mtl", Rule(init, weigh, due=due if known else None))

@@ -14,7 +14,7 @@ from mtl_jax.transforms.aggregation._base import (
 )
 from mtl_jax.transforms.aggregation._cosine import dot, preference_of
 from mtl_jax.transforms.aggregation._extra import extra_of
-from mtl_jax.transforms.aggregation._solvers import project_simplex
+from mtl_jax.transforms.aggregation._present import present_of, project_present
 
 
 def weights(
@@ -26,6 +26,7 @@ def weights(
     learning_rate: float = 10.0,
     momentum: float = 0.5,
     steps: int = 20,
+    present: chex.Array | None = None,
 ) -> chex.Array:
     r"""Weights `(w + c p) / (1 + c)` after some projected steps of w.
 
@@ -41,6 +42,7 @@ def weights(
       learning_rate: of the steps of w.
       momentum: of the steps of w, heavy ball.
       steps: how many.
+      present: bool [T], the tasks that there are; others keep their w. All by default.
 
     Returns:
       [T] float32.
@@ -58,29 +60,40 @@ def weights(
     >>> print(*(f"{x:.2f}" for x in found))
     0.25 0.75
     """
-    solved = _solve(
-        cross_gram, last, regularization, preference, learning_rate, momentum, steps
-    )
-    return solved[0]
+    options = (regularization, preference, learning_rate, momentum, steps)
+    return _solve(cross_gram, last, present, *options)[0]
 
 
 def _solve(
-    cross_gram, last, regularization, preference, learning_rate, momentum, steps
+    cross_gram,
+    last,
+    present,
+    regularization,
+    preference,
+    learning_rate,
+    momentum,
+    steps,
 ):
     gram = gram_of("sdm_grad", cross_gram)
     count = len(gram)
+    if present is not None:
+        present = present_of("sdm_grad", present, count)
     equal = jnp.full(count, 1 / count, gram.dtype)
     wanted = equal
     if preference is not None:
         wanted = preference_of("sdm_grad", preference, count, gram.dtype)
-    root = jnp.mean(jnp.sqrt(jnp.maximum(jnp.diag(gram), 0)))
+    roots, counted = jnp.sqrt(jnp.maximum(jnp.diag(gram), 0)), count
+    if present is not None:
+        roots, counted = jnp.where(present, roots, 0), jnp.maximum(jnp.sum(present), 1)
+    root = jnp.sum(roots) / jnp.asarray(counted, gram.dtype)
     scaled = gram / jnp.where(root == 0, 1, root) / jnp.where(root == 0, 1, root)
 
     def step(_, carry):
         w, velocity = carry
         slope = dot(scaled, w + regularization * wanted)
         velocity = momentum * velocity + slope
-        return project_simplex(w - learning_rate * velocity), velocity
+        moved = w - learning_rate * velocity
+        return project_present(moved, start, present), velocity
 
     start = equal if last is None else jnp.asarray(last).astype(gram.dtype)
     w, _ = jax.lax.fori_loop(0, steps, step, (start, jnp.zeros_like(start)))
@@ -99,6 +112,7 @@ def sdm_grad(
     """Aggregates by SDMGrad; see `weights.sdm_grad`. Needs the extra `cross_gram`.
 
     Updates: leaves [T, ...] -> [...]. State: w [T], from where the next steps start.
+    Takes `present` bool [T] where a batch may lack tasks.
 
     Args:
       num_tasks: T.
@@ -123,9 +137,9 @@ def sdm_grad(
     def init():
         return jnp.full(num_tasks, 1 / num_tasks, jnp.float32)
 
-    def weigh(gram, last, **extra):
+    def weigh(gram, last, *, present=None, **extra):
         del gram
         cross = extra_of("sdm_grad", extra, "cross_gram", (num_tasks, num_tasks))
-        return _solve(cross, last, *options)
+        return _solve(cross, last, present, *options)
 
     return from_gramian("sdm_grad", Rule(init, weigh, reads=("cross_gram",)))

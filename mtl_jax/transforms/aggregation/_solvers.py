@@ -18,7 +18,7 @@ def _tiny(like: chex.Array) -> chex.Array:
     return jnp.asarray(jnp.finfo(like.dtype).tiny, like.dtype)
 
 
-def project_simplex(vector: chex.Array, total: float = 1.0) -> chex.Array:
+def project_simplex(vector: chex.Array, total: chex.Array | float = 1.0) -> chex.Array:
     r"""The nearest point with non-negative entries that sum to `total`.
 
       x = max(v - theta, 0),  theta = max_k (sum of the k largest v - total) / k

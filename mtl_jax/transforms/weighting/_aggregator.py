@@ -80,8 +80,8 @@ def as_aggregator(
     **Differs**: a method that needs the losses after a step gets them from the trainer,
       by `rule.after`. Where the rule is out of sight, as in an optax chain, `per_leaf`
       and `per_group`, it learns at the start of the next step, from the losses of the
-      next batch. Norms are over all leaves that the aggregator acts on, not over the
-      last shared layer.
+      next batch. Norms are over all leaves that the aggregator acts on: give the
+      trainer the shared ones, or the last of them; it weighs the others' losses too.
 
     >>> from mtl_jax import weighting
     >>> tx = as_aggregator(weighting.geometric_mean(), 2)
@@ -126,6 +126,10 @@ def as_aggregator(
     def after(state, losses):
         return _learn(method, state, losses)
 
+    def heads(losses, weights):
+        del losses
+        return weights
+
     rule = Rule(init, weigh, reads, after if looks_after else None)
     inner = from_gramian("as_aggregator", rule)
 
@@ -134,7 +138,7 @@ def as_aggregator(
         out, new = found
         return out, new._replace(finite=new.finite & new.method.finite)
 
-    return Aggregator(inner.init, update, rule)
+    return Aggregator(inner.init, update, rule, heads=heads)
 
 
 def _start(
