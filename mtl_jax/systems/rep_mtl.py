@@ -40,6 +40,8 @@ SPEC = SystemSpec(
         "other rows train on plain losses.",
         "Overlaid digits, the Adult census and, at scale, CelebA with a ViT stand for "
         "the paper's dense problems and Office sets; TFDS lacks the labels of NYUv2.",
+        "Problems whose rows belong to one task each are refused: which rows of "
+        "several tasks stand for one sample the paper does not say.",
         "Vector features count as one position: the affinity of a task has rank one.",
         "Both weights share one value, chosen on validation data, where the paper "
         "searches them for each data set.",

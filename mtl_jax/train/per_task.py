@@ -66,7 +66,8 @@ class PerTaskGradients:
     """
 
     def __init__(self, trainable: Trainable, mesh: Mesh, accumulate: int):
-        if trainable.grads in _WHOLE and accumulate > 1:
+        apart = trainable.sharpness == "microbatch"
+        if trainable.grads in _WHOLE and accumulate > 1 and not apart:
             raise ValueError(
                 f"Trainer: grads={trainable.grads!r} {_WHOLE[trainable.grads]} of one "
                 f"whole batch, found accumulate={accumulate}; use accumulate=1"
@@ -291,8 +292,8 @@ class PerTaskGradients:
             ),
             num_tasks=loss.num_tasks,
         )
-        values, rows, pullback = aggregation.value_and_feature_grads(
-            whole, has_aux=True
+        values, (features, rows), pullback = aggregation.value_and_feature_grads(
+            whole, has_aux=True, with_features=True
         )(state.params, batch, key)
         gram = mtl_tree.gram(rows)
         direction, weights, new = self._combine(
@@ -300,33 +301,24 @@ class PerTaskGradients:
             gram,
             state.opt_state.aggregator,
             None,
-            self.losses.known(values[0], batch),
+            self.losses.known(values[0], batch) | {"features": features},
         )
         counts = None if self.heads is None else self._counts(values[0], weights)
         return self._found(values, pullback(direction, counts), new, gram, weights)
 
     def _from_flat(self, state: TrainState, batch: Any, key: chex.PRNGKey) -> Found:
         """Acts on pairs of task gradients; heads get those at the perturbed place."""
-        assert self.trainable.radii is not None
-        rho_shared, rho_task = self.trainable.radii
-        found = aggregation.flat_task_grads(
-            lambda p: self.losses.at(p, state.frozen, batch, key),
-            rho_shared=rho_shared,
-            rho_task=rho_task,
-            shared=self.trainable.shared,
-            has_aux=True,
-        )(state.params)
-        gram = mtl_tree.gram(found.shared)
+        values, (rows, sam_rows, rest) = self.losses.flat_rows(state, batch, key)
+        gram = mtl_tree.gram(rows)
         with lenient_promotion():
             update, new = self.aggregator.update(
-                found.shared,
+                rows,
                 state.opt_state.aggregator,
                 split_shared(state.params, self.trainable.shared)[0],
-                **self.losses.known(found.losses, batch),
-                sam_grads=found.shared_sam,
+                **self.losses.known(values[0], batch),
+                sam_grads=sam_rows,
             )
-        values = (found.losses, found.aux)
-        return self._found(values, merge(update, found.rest), new, gram, None)
+        return self._found(values, merge(update, rest), new, gram, None)
 
     def _weigh(
         self, gram: chex.Array | None, state: Any, extra: dict[str, chex.Array]

@@ -10,7 +10,12 @@ from jax.sharding import Mesh
 
 from mtl_jax import tree as mtl_tree
 from mtl_jax.train import sharding
-from mtl_jax.train.accumulate import join_batch, split_batch, split_blocks
+from mtl_jax.train.accumulate import (
+    join_batch,
+    mean_over_microbatches,
+    split_batch,
+    split_blocks,
+)
 from mtl_jax.train.objective import Metrics, task_objective
 from mtl_jax.train.state import TrainState, merge, split_shared
 from mtl_jax.train.trainable import Trainable
@@ -137,6 +142,7 @@ class TaskLosses:
         wanted `apart`.
         """
         engine = "vmap" if self.trainable.grads == "vmap" else "map"
+        ways: Any = {"engine": engine, "chunk": self.trainable.chunk}
         shares = self.shares(batch, parts)
         blocks = self.trainable.task_blocks and engine == "map"
         if blocks:
@@ -161,14 +167,39 @@ class TaskLosses:
                 lambda p: self.at(p, state.frozen, micro, key, own),
             )
             if not apart:
-                rows = aggregation.task_rows(pull_shared, values[0], engine=engine)
+                rows = aggregation.task_rows(pull_shared, values[0], **ways)
                 return (values, own), (rows, pull_rest(jnp.ones_like(values[0])))
             both = aggregation.task_rows(
-                lambda e: (pull_shared(e), pull_rest(e)), values[0], engine=engine
+                lambda e: (pull_shared(e), pull_rest(e)), values[0], **ways
             )
             return (values, own), both
 
         return run
+
+    def flat_rows(self, state: TrainState, batch: Any, key: chex.PRNGKey) -> Any:
+        """Pairs of task gradients, at the parameters and at each task's worst place.
+
+        Returns:
+          (values, (task gradients, those at the worst places, the sum of the latter for
+          what is not shared)); means over microbatches.
+        """
+        assert self.trainable.radii is not None
+        rho_shared, rho_task = self.trainable.radii
+        shares = self.shares(batch, self.accumulate)
+
+        def run(micro, key):
+            own = shares(micro)
+            found = aggregation.flat_task_grads(
+                lambda p: self.at(p, state.frozen, micro, key, own),
+                rho_shared=rho_shared,
+                rho_task=rho_task,
+                shared=self.trainable.shared,
+                has_aux=True,
+            )(state.params)
+            values = (found.losses, found.aux)
+            return values, (found.shared, found.shared_sam, found.rest)
+
+        return mean_over_microbatches(run, batch, key, self.mesh, self.accumulate)
 
     def check_parts(self, why: str, batch: Any, parts: int) -> None:
         """Refuses a batch that does not fall into so many parts."""

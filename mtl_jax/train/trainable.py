@@ -9,6 +9,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from mtl_jax.transforms.aggregation import Aggregator, SplitLoss
+from mtl_jax.transforms.aggregation._engines import check_chunk
 
 LossFn = Callable[
     [chex.ArrayTree, Any, chex.PRNGKey], tuple[chex.Array, dict[str, chex.Array]]
@@ -16,6 +17,7 @@ LossFn = Callable[
 Rules = tuple[tuple[str, PartitionSpec], ...]
 
 ENGINES = ("auto", "map", "vmap", "gramian", "features", "flat", "bilevel")
+SHARPNESS = ("batch", "microbatch")
 CROSS = ("auto", "map", "vmap")  # Engines that compare two halves of a batch.
 
 
@@ -58,7 +60,12 @@ class Trainable:
         takes no `shared`. Methods that need `cross_gram` get it from two halves of the
         batch, with "map", "vmap" or "auto"; a task that `task_counts` finds in one half
         only has zeros there, and the metric `tasks_in_one_half` counts such tasks.
+      chunk: of `grads="vmap"`: how many task gradients at once; None for all.
       radii: of `grads="flat"`: for the shared leaves, and for a task's own.
+      sharpness: of `grads="flat"`: whose loss is worst where tasks are moved to.
+        "batch": that of the whole batch, one place for each task. "microbatch": that
+        of each microbatch apart, a place each (m-sharpness, Foret et al. 2021), with
+        accumulation.
       task_names: names for the metrics; the numbers from 0 by default.
       task_counts: `task_counts(batch) -> [T]`, how many rows of a batch belong to each
         task, where a task's loss is the mean over its own rows. It makes accumulation
@@ -79,7 +86,9 @@ class Trainable:
     aggregator: optax.GradientTransformation | None = None
     shared: tuple[str, ...] = (".*",)
     grads: str = "auto"
+    chunk: int | None = None
     radii: tuple[float, float] | None = None
+    sharpness: str = "batch"
     task_names: tuple[str, ...] | None = None
     task_counts: Callable[[Any], chex.Array] | None = None
     task_blocks: bool = False
@@ -110,7 +119,9 @@ class Trainable:
         for name in (
             "shared",
             "grads",
+            "chunk",
             "radii",
+            "sharpness",
             "task_names",
             "task_counts",
             "task_blocks",
@@ -154,6 +165,12 @@ class Trainable:
                 "Trainable: grads='bilevel' takes no shared: its weights are those of "
                 f"the losses, for all leaves; found {self.shared!r}"
             )
+        check_chunk("Trainable", self.grads, self.chunk)
+        if self.sharpness not in SHARPNESS:
+            raise ValueError(
+                f"Trainable: sharpness is {self.sharpness!r}, wanted one of "
+                + ", ".join(SHARPNESS)
+            )
         if (self.grads == "flat") != (self.radii is not None):
             raise ValueError(
                 f"Trainable: grads='flat' goes with radii, found {self.grads!r} with "
@@ -176,6 +193,11 @@ class Trainable:
 
     def _check_engine(self, aggregator: Aggregator):
         """Refuses engines that do not make what the aggregator takes."""
+        if "features" in aggregator.wants and self.grads != "features":
+            raise ValueError(
+                "Trainable: the aggregator wants features, so grads='features'; found "
+                f"{self.grads!r}"
+            )
         flat = "sam_grads" in aggregator.wants
         if (self.grads == "flat") != flat:
             raise ValueError(

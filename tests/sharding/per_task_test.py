@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mtl_jax import aggregation, train, tree
+from mtl_jax import aggregation, bilevel, train, tree
 from mtl_jax.train.hlo import collectives
 
 T, D, H = 3, 16, 24
@@ -47,6 +47,20 @@ def heads(params, copies, batch, key):
     return jnp.mean((found - batch["y"]) ** 2, 0), {}
 
 
+ENGINES = {
+    "map": {},
+    "vmap": {"chunk": 2},
+    "gramian": {},
+    "features": {"shared": (".*",)},
+    "flat": {
+        "radii": (0.1, 0.1),
+        "aggregator": aggregation.flat_mtl(aggregation.pcgrad(seed=1)),
+    },
+    "bilevel": {
+        "shared": (".*",),
+        "aggregator": bilevel.as_aggregator(bilevel.auto_lambda, T, inner_rate=0.1),
+    },
+}
 LOSS = aggregation.SplitLoss(encode=encode, heads=heads, num_tasks=T)
 
 
@@ -87,11 +101,12 @@ def text_of(many):
     return lowered.compile().as_text()
 
 
-@pytest.mark.parametrize("engine", ["map", "vmap", "gramian", "features"])
+@pytest.mark.parametrize("engine", [*ENGINES, "every second"])
 def test_eight_devices_equal_one(engine):
-    changes = {"grads": engine}
-    if engine == "features":
-        changes["shared"] = (".*",)
+    changes = {"grads": engine} | ENGINES.get(engine, {})
+    if engine == "every second":
+        every = aggregation.every_k(aggregation.pcgrad(seed=1), T, 2)
+        changes = {"aggregator": every}
     one = single(**changes).fit(batch, steps=3, log_every=1)
     many = trainer(train.make_mesh(4, 2), **changes).fit(batch, steps=3, log_every=1)
     close(one.params, many.params)

@@ -388,6 +388,12 @@ def test_a_number_of_tasks_that_changes_is_refused(fit):
             {"grads": "gramian", "aggregator": without_rule()},
             "wants an aggregator with a rule",
         ),
+        ({"chunk": 2}, "chunk is 2 with engine 'auto', wanted 1 or more with 'vmap'"),
+        ({"sharpness": "device"}, "sharpness is 'device', wanted one of batch, micro"),
+        (
+            {"aggregator": aggregation.grad_drop(at="features")},
+            "wants features, so grads='features'; found 'auto'",
+        ),
         ({"grads": "flat", "radii": (1, 1)}, "flat_mtl, found 'flat' with one .* no"),
         (
             {"aggregator": aggregation.flat_mtl(aggregation.mgda())},
@@ -459,6 +465,41 @@ def test_flat_is_the_loop_over_its_own_gradients(fit, one_device):
         grads = moved(params, batch(step))
         params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
     close(plain.params, params)
+
+
+def test_flat_draws_the_same_noise_twice(fit):
+    flat = aggregation.flat_mtl(aggregation.mgda())
+    options = {"loss_fn": noisy, "tx": optax.sgd(0.1)}
+    found = fit(3, grads="flat", radii=(0.0, 0.0), aggregator=flat, **options)
+    close(found.params, fit(3, aggregator=aggregation.mgda(), **options).params)
+
+
+def test_each_microbatch_may_have_a_worst_place_of_its_own(fit):
+    flat = aggregation.flat_mtl(aggregation.sum())
+    options = {"grads": "flat", "radii": (0.3, 0.3), "aggregator": flat}
+    options |= {"tx": optax.sgd(0.1)}
+    apart = fit(1, accumulate=2, sharpness="microbatch", **options)
+    halves = [
+        fit(1, lambda step, i=i: {k: x[i::2] for k, x in batch(0).items()}, **options)
+        for i in (0, 1)
+    ]
+    want = jax.tree.map(lambda x, y: (x + y) / 2, *(h.params for h in halves))
+    close(apart.params, want)
+    together = fit(1, **options).params["trunk"]["kernel"]
+    assert np.abs(apart.params["trunk"]["kernel"] - together).max() > 1e-4
+    whole = fit(1, sharpness="microbatch", **options).params["trunk"]["kernel"]
+    np.testing.assert_allclose(whole, together, rtol=1e-5)
+
+
+def test_signs_of_features_reach_the_aggregator(fit):
+    options = {"grads": "features", "shared": (".*",), "tx": optax.sgd(0.1)}
+    everything = aggregation.grad_drop(at="features", leak=1.0)
+    found = fit(2, aggregator=everything, **options)
+    close(found.params, fit(2, aggregator=aggregation.sum(), **options).params)
+    dropped = fit(2, aggregator=aggregation.grad_drop(at="features"), **options)
+    close(dropped.params["heads"], found.params["heads"], atol=0.1)
+    moved = dropped.params["trunk"]["kernel"] - found.params["trunk"]["kernel"]
+    assert np.abs(moved).max() > 1e-3
 
 
 def test_flat_wants_whole_batches_and_radii(one_device):

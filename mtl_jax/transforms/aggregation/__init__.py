@@ -33,10 +33,8 @@ from mtl_jax.transforms.aggregation._engines import (
     has_transpose,
     task_gramian,
     task_rows,
-    unscatter,
     value_and_combined_grad,
     value_and_gramian,
-    value_and_scattered_grads,
     value_and_task_grads,
 )
 from mtl_jax.transforms.aggregation._excess_mtl import ExcessMtlState, excess_mtl
@@ -68,6 +66,10 @@ from mtl_jax.transforms.aggregation._modo import modo
 from mtl_jax.transforms.aggregation._nash_mtl import NashState, nash_mtl
 from mtl_jax.transforms.aggregation._pcgrad import pcgrad
 from mtl_jax.transforms.aggregation._random import random
+from mtl_jax.transforms.aggregation._scattered import (
+    unscatter,
+    value_and_scattered_grads,
+)
 from mtl_jax.transforms.aggregation._sdm_grad import sdm_grad
 from mtl_jax.transforms.aggregation._trimmed_mean import trimmed_mean
 from mtl_jax.transforms.aggregation._upgrad import upgrad

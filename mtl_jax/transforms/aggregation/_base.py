@@ -128,6 +128,7 @@ def from_gradients(
     robust: bool = False,
     heads: Heads | None = None,
     per_parameter: bool = False,
+    wants: tuple[str, ...] = (),
 ) -> Aggregator:
     """Lifts a function of task gradients to a transformation that heads a chain.
 
@@ -141,6 +142,7 @@ def from_gradients(
         looked at. Others become NaN where a task is NaN or infinite.
       heads: see `Aggregator`.
       per_parameter: see `Aggregator`.
+      wants: see `Aggregator`.
 
     Returns:
       An `Aggregator`; its update raises ValueError on leaves that do not lead with one
@@ -167,7 +169,12 @@ def from_gradients(
         return out, AggregationState(method=method, finite=all_finite(out))
 
     return Aggregator(
-        init_fn, update_fn, rule, heads=heads, per_parameter=per_parameter
+        init_fn,
+        update_fn,
+        rule,
+        heads=heads,
+        per_parameter=per_parameter,
+        wants=wants,
     )
 
 

@@ -76,7 +76,8 @@ def weights(
         square = jnp.mean(mean)
     else:
         there = present_of("cagrad", present, len(gram))
-        shares = there / jnp.maximum(jnp.sum(there), 1).astype(gram.dtype)
+        shares = there.astype(gram.dtype)
+        shares = shares / jnp.maximum(jnp.sum(shares), 1)
         place = stand_ins(there)
         square = dot(shares, dot(gram, shares))
         mean = jnp.take(dot(gram, shares), place)

@@ -174,6 +174,7 @@ def _scaled(
         update,
         heads=heads,
         per_parameter=getattr(aggregator, "per_parameter", False),
+        wants=getattr(aggregator, "wants", ()),
     )
 
 

@@ -31,13 +31,18 @@ GRAMS = ("auto", "gramian", "map", "vmap")
 
 
 def value_and_task_grads(
-    loss_fn: LossFn, *, engine: str = "auto", has_aux: bool = False
+    loss_fn: LossFn,
+    *,
+    engine: str = "auto",
+    chunk: int | None = None,
+    has_aux: bool = False,
 ) -> Callable[..., tuple[Any, Any]]:
     """One gradient per task, as `jax.value_and_grad` gives one for a scalar.
 
     Args:
       loss_fn: `loss_fn(params, *args) -> losses [T]`, or `(losses, aux)`.
       engine: "map" (rows one after another), "vmap" (all at once), "auto" (map).
+      chunk: of "vmap": how many rows at once; None for all.
       has_aux: whether `loss_fn` returns a pair.
 
     Returns:
@@ -45,8 +50,8 @@ def value_and_task_grads(
       float32, leaves of grads [T, ...] in the dtypes of `params`.
 
     Raises:
-      ValueError: an unknown engine; losses that are not one floating point vector; a
-        leaf of params that is not floating point.
+      ValueError: an unknown engine, a chunk below 1 or of another engine; losses that
+        are not one floating point vector; a leaf of params that is not floating point.
 
     >>> fn = value_and_task_grads(lambda w, x: x @ w)
     >>> losses, grads = fn(jnp.ones(2), jnp.array([[1.0, 2.0], [3.0, 4.0]]))
@@ -55,11 +60,12 @@ def value_and_task_grads(
     """
     name = "value_and_task_grads"
     check_engine(name, engine, ROWS)
+    check_chunk(name, engine, chunk)
 
     def fn(params, *args):
         losses, aux, pullback = task_vjp(name, loss_fn, params, args, has_aux)
-        grads = task_rows(pullback, losses, engine=engine)
-        return _value(losses, aux, has_aux), grads
+        grads = task_rows(pullback, losses, engine=engine, chunk=chunk)
+        return value_of(losses, aux, has_aux), grads
 
     return fn
 
@@ -95,7 +101,7 @@ def value_and_gramian(
     def fn(params, *args):
         losses, aux, pullback = task_vjp(name, loss_fn, params, args, has_aux)
         gram, weighted = gram_and_pullback(name, pullback, losses, engine)
-        return _value(losses, aux, has_aux), gram, weighted
+        return value_of(losses, aux, has_aux), gram, weighted
 
     return fn
 
@@ -137,88 +143,9 @@ def value_and_combined_grad(
     def fn(params, *args):
         losses, aux, pullback = task_vjp(name, loss_fn, params, args, has_aux)
         gram, weighted = gram_and_pullback(name, pullback, losses, engine)
-        return _value(losses, aux, has_aux), weighted(weights_fn(gram))
+        return value_of(losses, aux, has_aux), weighted(weights_fn(gram))
 
     return fn
-
-
-def value_and_scattered_grads(
-    loss_fn: LossFn,
-    axis_name: str,
-    *,
-    engine: str = "auto",
-    has_aux: bool = False,
-) -> Callable[..., tuple[Any, Any]]:
-    """Task gradients inside `shard_map`, each device keeping one slice of every row.
-
-    For methods that need the gradients themselves where parameters are replicated and
-    the batch is split over `axis_name`. Rows are reduce-scattered as they are made, so
-    no device ever holds [T, P]. A Gramian is `jax.lax.psum(tree.gram(slices), axis)`.
-
-    Args:
-      loss_fn: as above; a mean over the examples of the device.
-      axis_name: the mapped axis, all of whose devices hold the same parameters.
-      engine: "map", "vmap" or "auto" (map).
-      has_aux: whether `loss_fn` returns a pair; aux stays the device's own.
-
-    Returns:
-      `fn(params, *args) -> (losses, slices)`, or `((losses, aux), slices)`: losses [T]
-      averaged over the axis; leaves of slices [T, ceil(n / D)], this device's part of
-      the averaged rows, flattened and padded with zeros to D equal parts.
-      `unscatter(slices, params)` outside of `shard_map` gives the leaves their shapes.
-
-    >>> mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
-    >>> fn = jax.shard_map(
-    ...     value_and_scattered_grads(lambda w, x: jnp.mean(x * w, 0), "data"),
-    ...     mesh=mesh,
-    ...     in_specs=(jax.P(), jax.P("data")),
-    ...     out_specs=(jax.P(), jax.P(None, "data")),
-    ... )
-    >>> jax.jit(fn)(jnp.ones((1, 2)), jnp.array([[1.0, 2.0], [3.0, 4.0]]))[1].tolist()
-    [[2.0, 0.0], [0.0, 3.0]]
-    """
-    name = "value_and_scattered_grads"
-    check_engine(name, engine, ROWS)
-
-    def fn(params, *args):
-        size = jax.lax.axis_size(axis_name)
-        # Without the cast, the transpose would already add over the axis: see the
-        # test that compares with one device.
-        local = jax.tree.map(
-            lambda p: jax.lax.pcast(p, axis_name, to="varying"), params
-        )
-        losses, aux, pullback = task_vjp(name, loss_fn, local, args, has_aux)
-
-        def scatter(x):
-            x = jnp.pad(x.reshape(-1), (0, -x.size % size))
-            wide = x.astype(tree.wide_dtype(x.dtype))
-            mean = jax.lax.psum_scatter(wide, axis_name, tiled=True) / size
-            return mean.astype(x.dtype)
-
-        slices = task_rows(
-            lambda e: jax.tree.map(scatter, pullback(e)), losses, engine=engine
-        )
-        return _value(jax.lax.pmean(losses, axis_name), aux, has_aux), slices
-
-    return fn
-
-
-def unscatter(flat: Any, params: Any) -> Any:
-    """Gives flat, padded leaves the shapes of `params`.
-
-    Args:
-      flat: tree with leaves [..., n or more].
-      params: tree whose leaves have n elements.
-
-    Returns:
-      Tree with leaves [..., *shape].
-
-    >>> unscatter(jnp.arange(8.0), jnp.zeros((2, 3))).shape
-    (2, 3)
-    """
-    return jax.tree.map(
-        lambda x, p: x[..., : p.size].reshape(*x.shape[:-1], *p.shape), flat, params
-    )
 
 
 def task_vjp(
@@ -255,21 +182,44 @@ def task_vjp(
     return losses, aux, pullback
 
 
-def task_rows(pullback: Pullback, losses: chex.Array, *, engine: str = "map") -> Any:
+def task_rows(
+    pullback: Pullback,
+    losses: chex.Array,
+    *,
+    engine: str = "map",
+    chunk: int | None = None,
+) -> Any:
     """The task gradients, leaves [T, ...]: the pullback of every unit vector.
 
     Args:
       pullback: linear, [T] -> tree.
       losses: [T]; gives T, dtype and placement.
       engine: "map", "vmap" or "auto" (map).
+      chunk: of "vmap": how many rows at once; None for all.
 
     >>> losses, pullback = jax.vjp(lambda w: 2 * w, jnp.ones(2))
     >>> task_rows(lambda e: pullback(e)[0], losses).tolist()
     [[2.0, 0.0], [0.0, 2.0]]
     """
-    if engine == "vmap":
-        return jax.tree.map(as_rows, jax.vmap(pullback)(_basis(losses)))
-    return loops.scan(lambda _, e: ((), pullback(e)), (), _basis(losses))[1]
+    basis = _basis(losses)
+    if engine != "vmap":
+        return loops.scan(lambda _, e: ((), pullback(e)), (), basis)[1]
+
+    def together(units):
+        return jax.tree.map(as_rows, jax.vmap(pullback)(units))
+
+    count = len(basis)
+    if chunk is None or chunk >= count:
+        return together(basis)
+    full = count // chunk * chunk
+    blocks = basis[:full].reshape(-1, chunk, count)
+    rows = loops.scan(lambda _, units: ((), together(units)), (), blocks)[1]
+    rows = jax.tree.map(lambda x: x.reshape(full, *x.shape[2:]), rows)
+    if full == count:
+        return rows
+    return jax.tree.map(
+        lambda x, y: jnp.concatenate([x, y]), rows, together(basis[full:])
+    )
 
 
 def task_gramian(pullback: Pullback, losses: chex.Array) -> chex.Array:
@@ -339,6 +289,15 @@ def check_engine(fn_name: str, engine: str, known: tuple[str, ...]) -> None:
         )
 
 
+def check_chunk(fn_name: str, engine: str, chunk: int | None) -> None:
+    """Refuses a number of rows at once that is none, or that nothing listens to."""
+    if chunk is not None and (engine != "vmap" or chunk < 1):
+        raise ValueError(
+            f"{fn_name}: chunk is {chunk} with engine {engine!r}, wanted 1 or more "
+            "with 'vmap'"
+        )
+
+
 def check_losses(fn_name: str, losses: Any) -> int:
     """T of a vector of losses.
 
@@ -364,5 +323,6 @@ def _basis(losses: chex.Array) -> chex.Array:
     return jnp.eye(losses.shape[0], dtype=losses.dtype) * jnp.ones_like(losses)[None]
 
 
-def _value(losses: chex.Array, aux: Any, has_aux: bool) -> Any:
+def value_of(losses: chex.Array, aux: Any, has_aux: bool) -> Any:
+    """The losses, and aux where there is some."""
     return (losses, aux) if has_aux else losses

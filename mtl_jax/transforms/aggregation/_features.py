@@ -46,7 +46,7 @@ class SplitLoss:
 
 
 def value_and_feature_grads(
-    loss: SplitLoss, *, has_aux: bool = False
+    loss: SplitLoss, *, has_aux: bool = False, with_features: bool = False
 ) -> Callable[..., tuple[Any, Any, Callable[..., Any]]]:
     """Task gradients at the shared representation Z, and the way back to parameters.
 
@@ -60,6 +60,7 @@ def value_and_feature_grads(
     Args:
       loss: encoder and heads.
       has_aux: whether `heads` returns a pair.
+      with_features: whether Z comes with its gradients.
 
     Returns:
       `fn(params, *args) -> (losses, feature_grads, pullback)`, with `(losses, aux)`
@@ -67,7 +68,8 @@ def value_and_feature_grads(
       task tree for any aggregator; `pullback(z, counts=None)`, z like the features,
       gives leaves like `params`: what the encoder uses gets the gradient along z, what
       the heads use the sum over tasks, each times its entry of `counts` [T] where
-      these are given, a leaf that both use the sum of the two.
+      these are given, a leaf that both use the sum of the two. With features the
+      second is the pair (Z, feature_grads).
 
     Raises:
       ValueError: the losses are not [T].
@@ -116,6 +118,8 @@ def value_and_feature_grads(
                 own = heads(counts.astype(losses.dtype))[0]
             return jax.tree.map(jnp.add, encoder(cotangent)[0], own)
 
-        return ((losses, aux) if has_aux else losses), feature_grads, pullback
+        values = (losses, aux) if has_aux else losses
+        found = (features, feature_grads) if with_features else feature_grads
+        return values, found, pullback
 
     return fn

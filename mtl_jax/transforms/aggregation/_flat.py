@@ -14,6 +14,7 @@ from mtl_jax.transforms.aggregation._base import (
     all_finite,
     check_task_grads,
 )
+from mtl_jax.transforms.aggregation._tracked import squares
 
 _MODES = ("direct", "each", "individual", "second")
 
@@ -67,7 +68,11 @@ class FlatState(NamedTuple):
 
 
 def flat_mtl(
-    aggregator: Aggregator, *, mode: str = "individual", num_tasks: int | None = None
+    aggregator: Aggregator,
+    *,
+    mode: str = "individual",
+    num_tasks: int | None = None,
+    floor: float = 1e-5,
 ) -> Aggregator:
     """Aggregates losses and their flatness apart.
 
@@ -84,6 +89,9 @@ def flat_mtl(
         must not depend on the number of rows.
       mode: see above.
       num_tasks: T; mode "each" wants it, for its T states.
+      floor: an f_t shorter than this share of g_t counts as zero. Methods that bring
+        gradients to one length, such as `nash_mtl`, would make as much of its rounding
+        as of a gradient.
 
     Returns:
       An `Aggregator` whose update takes the g as updates, leaves [T, ...], and the s as
@@ -91,11 +99,12 @@ def flat_mtl(
       rows. `value_and_flat_grads` makes both trees.
 
     Raises:
-      ValueError: an unknown mode, no `num_tasks` where it is wanted; in the update, no
-        `sam_grads`, or some that do not fit.
+      ValueError: an unknown mode, no `num_tasks` where it is wanted, a floor that is
+        negative; in the update, no `sam_grads`, or some that do not fit.
 
     **Follows**: "Improving Multi-task Learning via Seeking Task-based Flat Regions"
       (arXiv 2211.13723), algorithm 1 and its variants.
+    **Differs**: the floor is ours.
 
     >>> from mtl_jax import aggregation
     >>> flat = flat_mtl(aggregation.mean())
@@ -108,6 +117,8 @@ def flat_mtl(
         raise ValueError(f"flat_mtl: mode is {mode!r}, wanted one of {known}")
     if mode == "each" and num_tasks is None:
         raise ValueError('flat_mtl: mode "each" wants num_tasks')
+    if not floor >= 0:
+        raise ValueError(f"flat_mtl: floor is {floor}, wanted 0 or more")
 
     def init(params):
         first = aggregator.init(params)
@@ -134,8 +145,9 @@ def flat_mtl(
             reference_name="updates",
             other_name="sam_grads",
         )
-        run = _RUN[mode]
-        out, method = run(aggregator, updates, sam_grads, state.method, params, extra)
+        flat = () if mode == "direct" else _flatness(sam_grads, updates, floor)
+        given = Given(updates, sam_grads, flat)
+        out, method = _RUN[mode](aggregator, given, state.method, params, extra)
         finite = all_finite(updates) & all_finite(sam_grads)
         return out, AggregationState(method, finite)
 
@@ -147,8 +159,27 @@ def flat_mtl(
     )
 
 
-def _difference(s, g):
-    return jax.tree.map(lambda a, b: in_wide(jnp.subtract, a, b), s, g)
+class Given(NamedTuple):
+    """Task gradients: of the losses, at the perturbed places, and how these differ."""
+
+    grads: Any
+    sam: Any
+    flat: Any
+
+
+def _flatness(s, g, floor):
+    """What flatness adds, s - g, without what is rounding of either."""
+    found = jax.tree.map(lambda a, b: in_wide(jnp.subtract, a, b), s, g)
+    if not floor:
+        return found
+    keep = jnp.sqrt(squares(found)) >= floor * jnp.sqrt(squares(g))
+    # NaN and infinity are not hidden.
+    keep |= ~jnp.isfinite(squares(found))
+
+    def leaf(x):
+        return jnp.where(keep.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros_like(x))
+
+    return jax.tree.map(leaf, found)
 
 
 def _add(a, b):
@@ -165,27 +196,26 @@ def _pair(a, b, axis=0):
     return jax.tree.map(lambda x, y: jnp.stack([x, y], axis), a, b)
 
 
-def _individual(aggregator, g, s, state, params, extra):
-    loss, first = aggregator.update(g, state.loss, params, **extra)
-    flat, second = aggregator.update(_difference(s, g), state.flat, params, **extra)
+def _individual(aggregator, given, state, params, extra):
+    loss, first = aggregator.update(given.grads, state.loss, params, **extra)
+    flat, second = aggregator.update(given.flat, state.flat, params, **extra)
     return _add(loss, flat), FlatState(first, second)
 
 
-def _direct(aggregator, g, s, state, params, extra):
-    del g
-    out, new = aggregator.update(s, state.loss, params, **extra)
+def _direct(aggregator, given, state, params, extra):
+    out, new = aggregator.update(given.sam, state.loss, params, **extra)
     return out, FlatState(new)
 
 
-def _second(aggregator, g, s, state, params, extra):
-    loss, first = aggregator.update(g, state.loss, params, **extra)
-    flat, second = aggregator.update(_difference(s, g), state.flat, params, **extra)
+def _second(aggregator, given, state, params, extra):
+    loss, first = aggregator.update(given.grads, state.loss, params, **extra)
+    flat, second = aggregator.update(given.flat, state.flat, params, **extra)
     out, last = aggregator.update(_pair(loss, flat), state.last, params)
     return out, FlatState(first, second, last)
 
 
-def _each(aggregator, g, s, state, params, extra):
-    pairs = _pair(g, _difference(s, g), axis=1)
+def _each(aggregator, given, state, params, extra):
+    pairs = _pair(given.grads, given.flat, axis=1)
     rows, states = jax.vmap(lambda x, one: aggregator.update(x, one, params))(
         pairs, state.loss
     )

@@ -34,7 +34,8 @@ def weights(
     **Follows**: Blanchard et al. 2017, "Machine Learning with Adversaries: Byzantine
       Tolerant Gradient Descent", sec. 4 and, for k > 1, Multi-Krum.
     **Differs**: distances come from inner products, so those far below the length of
-      the gradients (3e-4 of it) are rounding.
+      the gradients (3e-4 of it) are rounding. TorchJD sums distances, which is
+      `squared=False`; the paper their squares.
 
     >>> grads = jnp.array([[1.0], [1.25], [1.5], [9.0]])
     >>> weights(grads @ grads.T).tolist()

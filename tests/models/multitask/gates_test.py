@@ -126,6 +126,13 @@ def test_weight_outside_the_choices_is_penalised(x):
     assert np.all(jax.grad(penalty)(params)["codes"] > 0)
 
 
+def test_a_single_choice_is_always_made(x):
+    gate = gates.SparseGate(1, k=2)
+    found, variables = gate.init_with_output(jax.random.key(0), x)
+    np.testing.assert_array_equal(found, np.ones((len(x), 1)))
+    assert not variables
+
+
 def test_dselect_k_learns_to_pick_the_better_expert(x):
     """One expert fits the target; its gate ends there, exactly."""
     gate = gates.SparseGate(4, k=1)

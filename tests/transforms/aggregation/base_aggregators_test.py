@@ -111,3 +111,60 @@ def test_one_task_keeps_its_gradient(make):
     extra = {"losses": jnp.ones(1), "cross_gram": jnp.eye(1)}
     updates, _ = tx.update(grads, tx.init({"w": jnp.zeros(2)}), **extra)
     np.testing.assert_allclose(updates["w"], [3.0, -4.0], rtol=1e-4)
+
+
+ABSENT = {
+    "aligned_mtl": lambda count: agg.aligned_mtl(),
+    "cagrad": lambda count: agg.cagrad(),
+    "config": lambda count: agg.config(),
+    "db_mtl": agg.db_mtl,
+    "dual_proj": lambda count: agg.dual_proj(),
+    "excess_mtl": agg.excess_mtl,
+    "fair_grad": lambda count: agg.fair_grad(),
+    "grad_vac": agg.grad_vac,
+    "imtl_g": lambda count: agg.imtl_g(),
+    "mean": lambda count: agg.mean(),
+    "mgda": lambda count: agg.mgda(),
+    "mgda by losses": lambda count: agg.mgda(normalize="loss"),
+    "moco": agg.moco,
+    "modo": agg.modo,
+    "nash_mtl": agg.nash_mtl,
+    "pcgrad": lambda count: agg.pcgrad(),
+    "sdm_grad": agg.sdm_grad,
+    "upgrad": lambda count: agg.upgrad(),
+}
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_an_absent_task_turns_nothing(name):
+    """The direction is that of the tasks that are there, over three steps."""
+    rng = np.random.default_rng(1)
+    jacobian = rng.normal(size=(4, 6)).astype(np.float32)
+    jacobian[2] = 0
+    there = np.array([0, 1, 3])
+
+    def run(rows, present):
+        tx = ABSENT[name](len(rows))
+        state = tx.init({"w": jnp.zeros(6)})
+        for step in range(3):
+            g = jnp.asarray(rows * (1 + 0.1 * step))
+            extra = {
+                "losses": jnp.asarray(present, jnp.float32),
+                "present": jnp.asarray(present),
+                "cross_gram": g @ g.T,
+            }
+            out, state = tx.update({"w": g}, state, **extra)
+        return np.asarray(out["w"], np.float64)
+
+    found = run(jacobian, np.array([True, True, False, True]))
+    want = run(jacobian[there], np.ones(3, bool))
+    cosine = found @ want / np.linalg.norm(found) / np.linalg.norm(want)
+    assert cosine > 1 - 1e-5
+    # Means over tasks are means over all of them.
+    assert 0.5 < np.linalg.norm(found) / np.linalg.norm(want) < 1.01
+
+
+def test_present_wants_one_flag_per_task():
+    for name in ("cagrad", "mgda", "modo", "sdm_grad"):
+        with pytest.raises(ValueError, match=f"{name}: present is .3,., wanted .4,."):
+            getattr(agg.weights, name)(jnp.eye(4), present=jnp.ones(3, bool))

@@ -78,6 +78,20 @@ def test_task_gradients_are_the_jacobian(engine, remat):
     close(grads, forward_jacobian(losses, init(), X, Y))
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7])
+def test_rows_come_some_at_a_time(chunk):
+    losses = make_losses()
+    fn = aggregation.value_and_task_grads(losses, engine="vmap", chunk=chunk)
+    grads = jax.jit(fn)(init(), X, Y)[1]
+    close(grads, forward_jacobian(losses, init(), X, Y))
+
+
+@pytest.mark.parametrize(("engine", "chunk"), [("map", 2), ("vmap", 0)])
+def test_chunks_that_cannot_be(engine, chunk):
+    with pytest.raises(ValueError, match=f"chunk is {chunk} with engine '{engine}'"):
+        aggregation.value_and_task_grads(make_losses(), engine=engine, chunk=chunk)
+
+
 @pytest.mark.parametrize("engine", ["auto", "gramian", "map", "vmap"])
 @pytest.mark.parametrize("remat", [False, True])
 def test_gramian_and_pullback_equal_the_jacobian(engine, remat):

@@ -50,6 +50,20 @@ def test_a_task_without_gradients_is_finite():
     assert np.isfinite(out["w"]).all()
 
 
+def test_a_task_that_comes_later_warms_up_by_itself():
+    tx = aggregation.excess_mtl(2, step_size=0.5)
+    late = jnp.array([[0.0, 0.0], [0.0, 1.0]])
+    state = tx.init({"w": jnp.zeros(2)})
+    for grads in (late, late, jnp.eye(2), jnp.eye(2)):
+        out, state = tx.update({"w": grads}, state)
+        assert 0.2 < out["w"][1] < 0.8
+    # Its third step, on squares of three; and the second of the other, on two.
+    second = 0.5 * (1 / np.sqrt(2) + 1 / np.sqrt(3) + 1 / np.sqrt(4))
+    first = 0.5 * (1 / np.sqrt(2))
+    want = np.exp(first) / (np.exp(first) + np.exp(second))
+    np.testing.assert_allclose(out["w"][0], want, rtol=1e-4)
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="excess_mtl: warmup is 0, wanted 1 or more"):
         aggregation.excess_mtl(2, warmup=0)

@@ -130,3 +130,12 @@ def test_errors():
     )
     with pytest.raises(ValueError, match="gave 2 losses, num_tasks is 4"):
         aggregation.value_and_feature_grads(wrong)(init(), X, Y)
+
+
+def test_heads_count_as_they_are_told():
+    fn = aggregation.value_and_feature_grads(LOSS, with_features=True)
+    _, (z, grads), pullback = fn(init(), X, Y)
+    close(z, encode(init(), X, Y))
+    counts = jnp.arange(1.0, T + 1)
+    found = pullback(jnp.einsum("t,tbd->bd", counts, grads), counts)
+    close(found, jax.grad(lambda p: counts @ LOSS(p, X, Y))(init()))

@@ -14,6 +14,14 @@ METHODS = {
     "sum": aggregation.sum,
     "mean": aggregation.mean,
     "pcgrad": aggregation.pcgrad,
+    "aligned_mtl": aggregation.aligned_mtl,
+    "cagrad": aggregation.cagrad,
+    "config": aggregation.config,
+    "fair_grad": aggregation.fair_grad,
+    "imtl_g": aggregation.imtl_g,
+    "mgda": aggregation.mgda,
+    "nash_mtl": lambda: aggregation.nash_mtl(3),
+    "upgrad": aggregation.upgrad,
 }
 
 
@@ -88,6 +96,21 @@ def test_1_without_radius_it_is_the_aggregator(name):
         flat = aggregation.flat_mtl(method, mode=mode)
         got, _ = flat.update(g, flat.init(PARAMS), sam_grads=g)
         jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize("name", ["fair_grad", "nash_mtl"])
+def test_rounding_is_no_flatness(name):
+    g, method = rows(), METHODS[name]()
+    s = jax.tree.map(lambda x, y: x * (1 + 1e-7 * y), g, rows(1))
+    want, _ = method.update(g, method.init(PARAMS))
+    flat = aggregation.flat_mtl(method)
+    close(flat.update(g, flat.init(PARAMS), sam_grads=s)[0], want)
+    loose = aggregation.flat_mtl(method, floor=0)
+    moved, _ = loose.update(g, loose.init(PARAMS), sam_grads=s)
+    assert np.linalg.norm(flat_of(moved) - flat_of(want)) > 0.3
+    bad = jax.tree.map(lambda x: x.at[0].set(jnp.nan), s)
+    out, state = flat.update(g, flat.init(PARAMS), sam_grads=bad)
+    assert np.isnan(flat_of(out)).any() and not state.finite
 
 
 @pytest.mark.fast

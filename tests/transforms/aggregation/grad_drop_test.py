@@ -76,3 +76,37 @@ def test_refuses_leaks_that_are_no_shares():
         aggregation.grad_drop(leak=1.5)
     with pytest.raises(ValueError, match=r"grad_drop: leak is \(2,\), wanted \(3,\)"):
         update(np.zeros((3, 2)), leak=[0.0, 1.0])
+
+
+@pytest.mark.parametrize("leak", [0.0, 0.25])
+def test_at_features_all_examples_keep_the_same_tasks(leak):
+    rng = np.random.default_rng(0)
+    g = rng.normal(size=(3, 5, 4000)).astype(np.float32)
+    z = rng.normal(size=(5, 4000)).astype(np.float32)
+    tx = aggregation.grad_drop(at="features", leak=leak)
+    out = tx.update(
+        {"z": jnp.asarray(g)}, tx.init(None), features={"z": jnp.asarray(z)}
+    )
+    out = np.asarray(out[0]["z"], np.float64)
+    wished = (g * np.sign(z)).sum(1)
+    both = []
+    for sign in (1, -1):
+        kept = leak + (1 - leak) * (np.sign(wished) == sign)
+        both.append((kept[:, None] * g).sum(0))
+    is_up, is_down = (np.isclose(out, x, atol=1e-5).all(0) for x in both)
+    assert (is_up | is_down).all()
+    purity = (1 + wished.sum(0) / np.abs(wished).sum(0)) / 2
+    assert abs((is_up & ~is_down).mean() - purity.mean()) < 0.03
+    pure = np.isclose(purity, 1) | np.isclose(purity, 0)
+    np.testing.assert_allclose(out[:, pure], g.sum(0)[:, pure], atol=1e-5)
+
+
+def test_features_are_asked_for():
+    tx = aggregation.grad_drop(at="features")
+    grads = {"z": jnp.ones((2, 3, 4))}
+    with pytest.raises(ValueError, match='at="features" needs features, as in update'):
+        tx.update(grads, tx.init(None))
+    with pytest.raises(ValueError, match="grad_drop: .*z.*"):
+        tx.update(grads, tx.init(None), features={"z": jnp.ones((3, 5))})
+    with pytest.raises(ValueError, match="grad_drop: at is 'rep', wanted one of"):
+        aggregation.grad_drop(at="rep")

@@ -85,3 +85,48 @@ def test_names_what_does_not_fit():
     tx = aggregation.grad_vac(3)
     with pytest.raises(ValueError, match="grad_vac: there are 2 tasks, wanted 3"):
         tx.update({"w": jnp.eye(2)}, tx.init({"w": jnp.zeros(2)}))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_zero_gradient_is_not_there(seed):
+    g = np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32)
+    g[1] = 0
+    targets = jnp.full((3, 3), 0.6)
+    key = jax.random.key(seed)
+    found = aggregation.weights.grad_vac(jnp.asarray(g @ g.T), key, targets)
+    g = g[[0, 2]]
+    want = aggregation.weights.grad_vac(jnp.asarray(g @ g.T), key, targets[:2, :2])
+    np.testing.assert_allclose(found[jnp.array([0, 2])], want, rtol=1e-5)
+
+
+def test_an_absent_task_moves_no_target():
+    tx = aggregation.grad_vac(3)
+    g = np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32)
+    _, state = tx.update({"w": jnp.asarray(g)}, tx.init({"w": jnp.zeros(6)}))
+    before = state.method.targets
+    g[1] = 0
+    _, state = tx.update({"w": jnp.asarray(g)}, state)
+    after = state.method.targets
+    np.testing.assert_array_equal(after[1], before[1])
+    np.testing.assert_array_equal(after[:, 1], before[:, 1])
+    assert after[0, 2] != before[0, 2]
+
+
+def test_per_leaf_every_leaf_has_its_own_targets():
+    g = np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32)
+    tree = {"a": jnp.asarray(g[:, :2]), "b": jnp.asarray(g[:, 2:])}
+    both = aggregation.per_leaf(aggregation.grad_vac(3))
+    state = both.init(jax.tree.map(lambda x: x[0], tree))
+    for _ in range(2):
+        out, state = both.update(tree, state)
+    assert state.method.targets.shape == (2, 3, 3)
+    keys = jax.random.split(jax.random.key(0), 2)
+    for i, (name, leaf) in enumerate(tree.items()):
+        alone = aggregation.grad_vac(3)
+        own = alone.init({"w": leaf[0]})
+        own = own._replace(method=own.method._replace(key=keys[i]))
+        for _ in range(2):
+            want, own = alone.update({"w": leaf}, own)
+        np.testing.assert_allclose(out[name], want["w"], rtol=1e-5, atol=1e-6)
+        targets = state.method.targets[i]
+        np.testing.assert_allclose(targets, own.method.targets, rtol=1e-5, atol=1e-6)

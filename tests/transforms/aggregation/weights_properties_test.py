@@ -341,3 +341,25 @@ def test_a_nan_is_reported(name):
     assert not state.finite
     flat = np.concatenate([np.ravel(x) for x in updates.values()])
     assert not np.isfinite(flat).all()
+
+
+@by_name()
+def test_weights_never_leave_the_device(name):
+    count = max(COUNT, METHODS[name].fewest)
+    text = str(jax.make_jaxpr(METHODS[name].weigh)(jnp.eye(count)))
+    assert "callback" not in text
+
+
+@pytest.mark.parametrize("name", ["mgda", "modo", "sdm_grad"])
+def test_weights_are_on_the_simplex(name):
+    for kind, g in jacobians().items():
+        found = np.asarray(METHODS[name].weigh(gram_of(g)))
+        assert (found >= -1e-6).all(), kind
+        assert found.sum() == pytest.approx(1, abs=1e-4), kind
+
+
+@pytest.mark.parametrize(("name", "share"), [("pcgrad", 1), ("upgrad", 1 / COUNT)])
+def test_without_conflicts_it_is_the_sum_or_the_mean(name, share):
+    g = np.abs(np.random.default_rng(0).normal(size=(COUNT, 12)))
+    found = METHODS[name].weigh(gram_of(g))
+    np.testing.assert_allclose(found, np.full(COUNT, share), rtol=1e-3)
